@@ -1,0 +1,1 @@
+"""The command line: one small module per verb. main (dispatch, errors), options (config), then a module per verb."""

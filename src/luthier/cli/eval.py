@@ -1,0 +1,173 @@
+"""`luthier eval`: perplexity and bits per byte of any causal language model on any text, beside general compressors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from luthier.core.config import to_mapping
+from luthier.core.console import Console
+from luthier.core.errors import ConfigError
+from luthier.core.run import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from luthier.data.sources import TextSource
+
+LONGEST_CONTEXT = 2048  # tokens, unless asked for more
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure how many bits a model needs for a text."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder or hub id."""
+    data: str = "python-prose"
+    """Text: a file, a folder, a hub id, python-prose, or token shards."""
+    given: str = ""
+    """Text that the compressors may look at first, as the model did in training: a fair, conditional comparison."""
+    context: int = 0
+    """Tokens that the model sees at most; 0: its own limit, up to 2048."""
+    max_bytes: int = 0
+    """Score only the first whole documents up to this size; 0: all."""
+    batch_size: int = 8
+    """Windows that are scored at once."""
+    compressors: bool = True
+    """Also compress the text with gzip, bzip2, xz and zstd."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    out: Path | None = None
+    """Run folder for the result."""
+
+    def __post_init__(self) -> None:
+        if self.context < 0 or self.batch_size < 1 or self.max_bytes < 0:
+            raise ConfigError(
+                "context and max_bytes must not be negative, batch_size at least 1", hint="leave them at their defaults"
+            )
+
+
+def run(config: EvalConfig, console: Console) -> None:
+    """Score the text, print the table, and write it to the run folder if one is asked for."""
+    from luthier.data.tokenizer import is_lossless, load_tokenizer
+    from luthier.learn.parallel import ranks
+    from luthier.models.load import load_pretrained
+
+    folder = RunFolder.open(config.out, to_mapping(config), may_change=("out", "device")) if config.out else None
+    tokenizer = load_tokenizer(config.model)
+    source = _head(_open_text(config.data, tokenizer), config.max_bytes)
+    with ranks(config.device) as who:
+        model = load_pretrained(config.model, device=who.device)
+        score = _score(model, tokenizer, source, config)
+    given = _open_text(config.given, tokenizer) if config.given else None
+    rows = [_model_row(config.model, score, conditional=given is not None)]
+    if config.compressors:
+        rows += _compressor_rows(source, given)
+    columns = ["", "bits/byte", "95 % interval", "given the training text"]
+    note = _note(score, source, model, lossless=is_lossless(tokenizer, source.documents), given=given)
+    title = f"{source.name}: {source.num_bytes:,} bytes in {len(source.documents):,} documents"
+    console.table(title, columns, rows, note)
+    console.result({**score, "perplexity": math.exp(score["loss"]), "table": rows})
+    if folder is not None:
+        headline = {
+            "bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+            "perplexity": f"{math.exp(score['loss']):.2f} per token",
+        }
+        table = {"title": title, "columns": columns, "rows": rows, "note": note}
+        folder.write_summary({"verb": "eval", "headline": headline, "tables": [table], "score": score})
+        folder.close()
+
+
+def _open_text(spec: str, tokenizer: PreTrainedTokenizerFast) -> TextSource:
+    """A corpus as text; token shards are decoded."""
+    from luthier.data.shards import TokenShards
+    from luthier.data.sources import TextSource, open_source
+
+    if not (Path(spec) / "index.json").is_file():
+        return open_source(spec)
+    shards = TokenShards.open(Path(spec), tokenizer)
+    return TextSource(name=shards.name, documents=list(shards.decode_documents(tokenizer)))
+
+
+def _head(source: TextSource, max_bytes: int) -> TextSource:
+    if not max_bytes:
+        return source
+    kept, size = [], 0
+    for document in source.documents:
+        size += len(document.encode())
+        if kept and size > max_bytes:
+            break
+        kept.append(document)
+    return type(source)(name=source.name, documents=kept)
+
+
+def _score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, source: TextSource, config: EvalConfig
+) -> dict[str, Any]:
+    import numpy as np
+
+    from luthier.data.tokenizer import encode_documents
+    from luthier.learn.evaluate import TokenStream, code_length, stream_nll
+    from luthier.learn.objectives import CausalLoss, has_plain_head
+    from luthier.learn.parallel import Ranks
+
+    encoded = encode_documents(tokenizer, source.documents)
+    lengths = [len(ids) for ids in encoded]
+    stream = TokenStream(
+        tokens=np.concatenate([np.asarray(ids, np.int64) for ids in encoded]),
+        starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]),
+        num_bytes=np.asarray([len(document.encode()) for document in source.documents]),
+    )
+    context = config.context or min(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    nats = stream_nll(
+        CausalLoss(model, plain_head=has_plain_head(model)),
+        stream.tokens,
+        start_token=tokenizer.eos_token_id,
+        context=context,
+        stride=max(1, context // 2),
+        batch_size=config.batch_size,
+        who=Ranks(device=model.device),
+    )
+    return {**code_length(stream, nats), "context": context}
+
+
+def _model_row(name: str, score: dict[str, Any], *, conditional: bool) -> list[str]:
+    value = f"{score['bits_per_byte']:.3f}"
+    interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
+    return [Path(name).name, "—" if conditional else value, interval, value if conditional else "—"]
+
+
+def _compressor_rows(source: TextSource, given: TextSource | None) -> list[list[str]]:
+    from luthier.data.compressors import COMPRESSORS, compressed_bytes
+
+    text = "".join(source.documents).encode()
+    known = "".join(given.documents).encode() if given else b""
+    rows = []
+    for name in COMPRESSORS:
+        cold = 8 * compressed_bytes(name, text) / source.num_bytes
+        warm = f"{8 * compressed_bytes(name, text, given=known) / source.num_bytes:.3f}" if given else "—"
+        rows.append([name, f"{cold:.3f}", "—", warm])
+    return rows
+
+
+def _note(
+    score: dict[str, Any], source: TextSource, model: PreTrainedModel, *, lossless: bool, given: TextSource | None
+) -> str:
+    parts = [
+        f"perplexity {math.exp(score['loss']):.2f} per token, {score['scored_tokens']:,} tokens, "
+        f"contexts of {score['context']} tokens that advance by half."
+    ]
+    if given is not None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        parts.append(
+            f"The model has read the training text ({given.num_bytes:,} bytes), so its place is the last column; its "
+            f"own {size:,} bytes are not counted, and neither is that text for the compressors."
+        )
+    if not lossless:
+        parts.append("The tokenizer does not reproduce this text exactly, so bits per byte are a lower bound here.")
+    return " ".join(parts)

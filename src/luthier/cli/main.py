@@ -1,0 +1,127 @@
+"""`luthier VERB …`: find the verb, parse its options, run it, and turn errors into two lines."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from luthier import __version__
+
+
+class Verb(NamedTuple):
+    """Where a verb lives. `module` has `run(config, console)`; `extra` is what its heavy imports need."""
+
+    summary: str
+    module: str
+    config: str
+    extra: str = ""
+
+
+VERBS = {
+    "tour": Verb("a model's whole life in minutes, on this machine", "luthier.cli.tour", "luthier.cli.tour:TourConfig"),
+    "pretrain": Verb(
+        "train a model from random weights", "luthier.cli.pretrain", "luthier.train.config:PretrainConfig", "torch"
+    ),
+    "eval": Verb(
+        "perplexity and bits per byte of a model on any text",
+        "luthier.cli.eval",
+        "luthier.cli.eval:EvalConfig",
+        "torch",
+    ),
+    "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
+    "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
+    "report": Verb("write a run as one HTML file", "luthier.cli.report", "luthier.cli.report:ReportConfig"),
+    "env": Verb("versions, machine and devices", "luthier.cli.env", "luthier.cli.env:EnvConfig"),
+}
+
+OPTIONS = {
+    "--json": "print one JSON object instead of text",
+    "--dry-run": "check the settings, say what it would cost, and stop",
+    "--debug": "show the traceback of an error",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for an error that the user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"luthier {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    try:
+        return _dispatch(arguments, debug=debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", "run the same command again to go on where it stopped", code=130)
+    except Exception as error:
+        if debug:
+            raise
+        from luthier.core.errors import Interrupted, UserError
+
+        if isinstance(error, UserError):
+            return _fail(str(error), error.hint, code=130 if isinstance(error, Interrupted) else 2)
+        if _is_disk_full(error):
+            return _fail(f"the disk is full ({error})", "free some space and run the same command again: it resumes")
+        raise
+
+
+def _dispatch(arguments: list[str], *, debug: bool) -> int:
+    from luthier.core.console import Console
+    from luthier.core.errors import ConfigError, did_you_mean, require
+
+    name = arguments[0]
+    if name not in VERBS:
+        raise ConfigError(f"{name!r}: no such verb{did_you_mean(name, VERBS)}", hint="luthier --help lists them")
+    verb = VERBS[name]
+    from luthier.cli.options import parse
+
+    config = parse(load_config(name), [a for a in arguments[1:] if a not in OPTIONS], f"luthier {name}")
+    module = importlib.import_module(verb.module)
+    err = None if int(os.environ.get("RANK", "0")) == 0 else open(os.devnull, "w")  # noqa: SIM115 - lives with us
+    console = Console(as_json="--json" in arguments, out=err, err=err)
+    if "--dry-run" in arguments:
+        if not hasattr(module, "dry_run"):
+            raise ConfigError(f"{name} has no dry run", hint="leave out --dry-run")
+        module.dry_run(config, console)
+        return 0
+    if verb.extra:
+        require("torch", verb.extra)
+        require("transformers", verb.extra)
+    module.run(config, console)
+    return 0
+
+
+def load_config(verb: str) -> type:
+    """The config class of a verb, without its heavy imports."""
+    module, _, name = VERBS[verb].config.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _help() -> str:
+    width = max(map(len, [*VERBS, *OPTIONS]))
+    lines = ["luthier: make, tune and use small language models", "", "usage: luthier VERB [options]", ""]
+    lines += [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "every verb takes:", *(f"  {name:<{width}}  {text}" for name, text in OPTIONS.items())]
+    lines += [f"  {'--help':<{width}}  its own options", "", "start with: luthier tour"]
+    return "\n".join(lines)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
+
+
+def _fail(message: str, hint: str, *, code: int = 2) -> int:
+    rank = os.environ.get("RANK", "0")
+    prefix = "luthier" if rank == "0" else f"luthier (rank {rank})"
+    print(f"{prefix}: {message}\n  hint: {hint}", file=sys.stderr)
+    return code

@@ -1,0 +1,154 @@
+"""`luthier pretrain`: open the corpora, hand tokens and a config to training, and write a model folder and a report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.config import to_mapping
+from luthier.core.console import Console
+from luthier.core.errors import ConfigError, Interrupted
+from luthier.core.run import RunFolder
+from luthier.train.config import PretrainConfig
+from luthier.train.plan import DEVICE_COUNTS, hour_rows, plan_rows
+
+if TYPE_CHECKING:
+    from luthier.learn.parallel import Ranks
+    from luthier.train.prepare import Corpus
+    from luthier.train.pretrain import Pretrained
+
+
+def dry_run(config: PretrainConfig, console: Console) -> None:
+    """Print what the run would cost."""
+    rows = plan_rows(config)
+    console.table(f"pretrain {config.size}", ("quantity", "value"), rows)
+    columns = ("device", *(f"× {count}" for count in DEVICE_COUNTS))
+    console.table("hours at an assumed MFU of 40 %", columns, hour_rows(config))
+    console.result(dict(rows))
+
+
+def run(config: PretrainConfig, console: Console) -> None:
+    """Train or resume; under torchrun every rank comes here."""
+    from luthier.data.mixture import WindowMixture
+    from luthier.learn.parallel import ranks
+    from luthier.train.prepare import token_stream
+    from luthier.train.pretrain import pretrain
+
+    with ranks(config.device) as who, _open_run(config, who) as folder:
+        corpus = _prepare(config, who, console)
+        mixture = WindowMixture(
+            corpus.training,
+            config.weights or None,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        outcome = pretrain(
+            config,
+            corpus.tokenizer,
+            mixture,
+            token_stream(corpus.held_out),
+            who=who,
+            checkpoints=config.out / "checkpoints",
+            run=folder,
+            console=console,
+        )
+        if not outcome.finished:
+            raise Interrupted(
+                f"stopped at step {outcome.state.step} of {config.steps}, state saved",
+                hint="run the same command again to go on from there",
+            )
+        if folder is not None:
+            _finish(config, folder, corpus, outcome, console)
+        who.barrier()
+
+
+@contextlib.contextmanager
+def _open_run(config: PretrainConfig, who: Ranks) -> Iterator[RunFolder | None]:
+    """The run folder on the main rank. The others wait until it has been accepted."""
+    run = RunFolder.open(config.out, to_mapping(config), may_change=config.RESUMABLE_CHANGES) if who.is_main else None
+    try:
+        yield run
+    finally:
+        if run is not None:
+            run.close()
+
+
+def _prepare(config: PretrainConfig, who: Ranks, console: Console) -> Corpus:
+    from luthier.data.shards import TokenShards
+    from luthier.data.sources import open_source
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.train.prepare import Corpus, open_corpus, prepare_text
+
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if any(is_tokenized(spec) for spec in config.data):
+        if tokenizer is None or not config.eval_data or not all(is_tokenized(spec) for spec in config.data):
+            raise ConfigError(
+                "data: token shards need `tokenizer` (the one that made them), `eval_data`, and no text beside them",
+                hint="give --tokenizer FOLDER --eval-data SHARDS, and tokenize text corpora first",
+            )
+        training = [TokenShards.open(Path(spec), tokenizer) for spec in config.data]
+        return Corpus(tokenizer, training, TokenShards.open(Path(config.eval_data), tokenizer))
+    folder = config.out / "data"
+    if who.is_main:
+        sources = [open_source(spec) for spec in config.data]
+        for source in sources:
+            console.status(f"corpus: {source.name}, {len(source.documents):,} documents, {source.num_bytes:,} bytes")
+            if source.note:
+                console.status(f"  {source.note}")
+        prepare_text(
+            sources, tokenizer, folder, held_out=config.held_out, vocab_size=config.vocab_size, seed=config.seed
+        )
+    who.barrier()
+    corpus = open_corpus(folder, len(config.data))
+    if who.is_main:
+        trained, kept = sum(part.num_tokens for part in corpus.training), corpus.held_out.num_tokens
+        console.status(f"tokens: {trained:,} to train on, {kept:,} held out, vocabulary {len(corpus.tokenizer):,}")
+    return corpus
+
+
+def is_tokenized(spec: str) -> bool:
+    """Whether a corpus is a folder of token shards."""
+    return (Path(spec) / "index.json").is_file()
+
+
+def _finish(config: PretrainConfig, run: RunFolder, corpus: Corpus, outcome: Pretrained, console: Console) -> None:
+    from luthier.models.load import save_pretrained
+    from luthier.report.html import write_report
+
+    summary = _summary(config, outcome)
+    provenance = {
+        "verb": "pretrain",
+        "config": to_mapping(config),
+        "parents": [],
+        "data": [{"name": part.name, "sha256": part.source_sha256} for part in [*corpus.training, corpus.held_out]],
+        "env": run.env,
+        "metrics": outcome.held_out,
+    }
+    save_pretrained(outcome.model, corpus.tokenizer, config.out / "model", provenance, state_dict=outcome.state_dict)
+    run.write_summary(summary)
+    report = write_report(run.path)
+    for name, value in summary["headline"].items():
+        console.print(f"{name}: {value}")
+    console.print(f"model: {config.out / 'model'}")
+    console.print(f"report: {report}")
+    console.result({**outcome.held_out, "model": str(config.out / "model"), "report": str(report)})
+
+
+def _summary(config: PretrainConfig, outcome: Pretrained) -> dict[str, Any]:
+    score, state = outcome.held_out, outcome.state
+    return {
+        "verb": "pretrain",
+        "headline": {
+            "held-out bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+            "held-out loss": f"{score['loss']:.3f} nats/token",
+            "parameters": f"{sum(w.numel() for w in outcome.state_dict.values()):,}",
+            "trained on": f"{state.tokens:,} tokens in {state.seconds / 60:.1f} min",
+            "speed": f"{state.tokens / state.seconds:,.0f} tokens/s",
+        },
+        "tables": [],
+        "held_out": score,
+        "context": f"windows of {config.sequence_length} tokens that advance by half; {score['documents']} documents",
+    }

@@ -1,0 +1,157 @@
+"""`luthier run RECIPE`: a YAML list of `verb: settings` stages, one run folder each. Unchanged stages are skipped.
+
+A stage's key is its verb, or `verb name` where a verb occurs twice. A setting that starts with `@name/` is a path
+inside the folder of that earlier stage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from luthier.cli.main import VERBS, load_config
+from luthier.core import config as config_
+from luthier.core.console import Console
+from luthier.core.errors import ConfigError, did_you_mean, require
+from luthier.core.files import read_json, write_json
+from luthier.core.run import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run the stages of a recipe in order, each in a numbered folder under --out."""
+
+    recipe: tyro.conf.Positional[Path]
+    """YAML file: a list of stages."""
+    out: Path | None = None
+    """Folder of the whole run; by default runs/ and the recipe's name."""
+    set: tuple[str, ...] = ()
+    """Changes such as pretrain.steps=100 (stage name, setting, value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a recipe, checked. `needs` are the earlier stages that its settings point to."""
+
+    name: str
+    verb: str
+    folder: Path
+    values: dict[str, Any]
+    config: Any
+    needs: tuple[str, ...]
+
+
+def run(config: RunConfig, console: Console) -> None:
+    """Run the recipe's stages that are not done, then write its report."""
+    run_recipe(config.recipe, config.out or Path("runs") / config.recipe.stem, config.set, console)
+
+
+def dry_run(config: RunConfig, console: Console) -> None:
+    """Check every stage, and print what the ones that can tell would cost."""
+    out = config.out or Path("runs") / config.recipe.stem
+    for stage in read_recipe(config.recipe, out, config.set):
+        console.print(f"{stage.folder.name}: {stage.verb}, settings are valid")
+        module = importlib.import_module(VERBS[stage.verb].module)
+        if hasattr(module, "dry_run"):
+            module.dry_run(stage.config, console)
+
+
+def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console) -> None:
+    """Run a recipe file into `out`; stages whose settings and inputs are unchanged are skipped."""
+    stages = read_recipe(recipe, out, changes)
+    described = {"recipe": recipe.name, "stages": [{f"{s.verb} {s.name}": s.values} for s in stages]}
+    folder = RunFolder.open(out, described)
+    hashes: dict[str, str] = {}
+    for stage in stages:
+        hashes[stage.name] = config_.digest([stage.verb, stage.values, [hashes[name] for name in stage.needs]])
+        done = stage.folder / "stage.json"
+        if done.exists() and read_json(done)["sha256"] == hashes[stage.name]:
+            console.status(f"== {stage.folder.name}: done before, skipped")
+            continue
+        console.status(f"== {stage.folder.name}")
+        _run_stage(stage, console)
+        write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
+    folder.write_summary(_summary(stages))
+    from luthier.report.html import write_report
+
+    console.print(f"report: {write_report(out)}")
+    folder.close()
+
+
+def _run_stage(stage: Stage, console: Console) -> None:
+    verb = VERBS[stage.verb]
+    if verb.extra:
+        require("torch", verb.extra)
+        require("transformers", verb.extra)
+    importlib.import_module(verb.module).run(stage.config, console)
+
+
+def _summary(stages: Sequence[Stage]) -> dict[str, Any]:
+    headline: dict[str, str] = {}
+    for stage in stages:
+        summary = RunFolder.read(stage.folder).summary
+        headline |= {f"{stage.name}: {key}": value for key, value in summary.get("headline", {}).items()}
+    return {"verb": "run", "headline": headline, "tables": []}
+
+
+def read_recipe(recipe: Path, out: Path, changes: Sequence[str] = ()) -> list[Stage]:
+    """The stages of a recipe file with `changes` applied, every setting checked. Raises ConfigError."""
+    listed = config_.read_yaml(recipe)
+    if not isinstance(listed, list) or not all(isinstance(item, Mapping) and len(item) == 1 for item in listed):
+        raise ConfigError(f"{recipe}: expected a list of stages", hint="write each stage as `- verb: {setting: value}`")
+    stages: dict[str, tuple[str, dict[str, Any]]] = {}
+    for item in listed:
+        (key, values), *_ = item.items()
+        verb, _, name = str(key).partition(" ")
+        name = name or verb
+        if verb not in VERBS or name in stages:
+            problem = (
+                "a stage of that name exists already" if name in stages else f"no such verb{did_you_mean(verb, VERBS)}"
+            )
+            raise ConfigError(f"{recipe}: stage {key!r}: {problem}", hint="a key is `verb` or `verb name`")
+        stages[name] = (verb, dict(values or {}))
+    _apply(stages, changes)
+    folders = {name: out / f"{number:02d}-{name}" for number, name in enumerate(stages, 1)}
+    return [_stage(name, verb, values, folders) for name, (verb, values) in stages.items()]
+
+
+def _apply(stages: Mapping[str, tuple[str, dict[str, Any]]], changes: Sequence[str]) -> None:
+    for change in changes:
+        name, dot, rest = change.partition(".")
+        if not dot or name not in stages:
+            raise ConfigError(
+                f"--set {change}: {name!r} is no stage of this recipe{did_you_mean(name, stages)}",
+                hint=f"write stage.setting=value; the stages are {', '.join(stages)}",
+            )
+        config_.override(stages[name][1], rest)
+
+
+def _stage(name: str, verb: str, values: dict[str, Any], folders: Mapping[str, Path]) -> Stage:
+    needs: list[str] = []
+    resolved = {key: _resolve(value, name, folders, needs) for key, value in values.items()}
+    config = config_.build(load_config(verb), {**resolved, "out": str(folders[name])}, where=f"{name}.")
+    return Stage(
+        name=name, verb=verb, folder=folders[name], values=values, config=config, needs=tuple(dict.fromkeys(needs))
+    )
+
+
+def _resolve(value: Any, stage: str, folders: Mapping[str, Path], needs: list[str]) -> Any:
+    """Replace '@name/rest' by a path inside the folder of the earlier stage `name`, noting the name in `needs`."""
+    if isinstance(value, list):
+        return [_resolve(item, stage, folders, needs) for item in value]
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    name, _, rest = value[1:].partition("/")
+    earlier = list(folders)[: list(folders).index(stage)]
+    if name not in earlier:
+        raise ConfigError(
+            f"{stage}: {value!r} points to {name!r}, which is no earlier stage{did_you_mean(name, earlier)}",
+            hint=f"earlier stages: {', '.join(earlier) or 'none'}",
+        )
+    needs.append(name)
+    return str(folders[name] / rest)

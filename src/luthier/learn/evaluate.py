@@ -1,0 +1,99 @@
+"""Held-out code length: nats of every token of a text, and bits per byte with an interval over documents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from luthier.core.stats import Interval, bootstrap_ratio
+from luthier.learn.objectives import IGNORED, CausalLoss
+from luthier.learn.parallel import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStream:
+    """Documents one after another, each closed by its end token: what is scored.
+
+    tokens (N,) int64; starts (D,) index of each document's first token; num_bytes (D,) UTF-8 bytes of each document.
+    """
+
+    tokens: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
+
+    def head(self, max_tokens: int) -> TokenStream:
+        """The first whole documents that fit into `max_tokens`, but at least one."""
+        ends = np.append(self.starts[1:], len(self.tokens))
+        count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+        return TokenStream(
+            tokens=self.tokens[: ends[count - 1]], starts=self.starts[:count], num_bytes=self.num_bytes[:count]
+        )
+
+
+@torch.no_grad()
+def stream_nll(
+    objective: CausalLoss,
+    tokens: NDArray[np.int64],
+    *,
+    start_token: int,
+    context: int,
+    stride: int,
+    batch_size: int,
+    who: Ranks,
+) -> NDArray[np.float64]:
+    """Nats of each token (N,). Every token is charged, the first one given only `start_token`.
+
+    Windows of `context` tokens advance by `stride`; after the first window only the last `stride` tokens of each are
+    scored, so that each sees at least `context - stride` tokens before it. Ranks share the windows.
+    """
+    n = len(tokens)
+    inputs = np.concatenate([[start_token], tokens[:-1]])
+    starts = list(range(0, max(1, n - context + stride), stride))
+    result = torch.zeros(n, dtype=torch.float64, device=who.device)
+    share = batch_size * who.world_size
+    objective.eval()
+    for first in range(0, len(starts), share):
+        # Ranks without a window repeat the last one unscored: sharded models need every rank in every forward pass.
+        mine = [first + who.rank * batch_size + i for i in range(batch_size)]
+        mine = [index for index in mine if index < len(starts)] or [-1]
+        ids = np.full((len(mine), context), start_token)
+        targets = np.full((len(mine), context), IGNORED)
+        for row, index in enumerate(mine):
+            a = starts[index]
+            length, new = min(context, n - a), 0 if index == 0 else context - stride
+            ids[row, :length] = inputs[a : a + length]
+            if index >= 0:
+                targets[row, new:length] = tokens[a + new : a + length]
+        nll = objective(*(torch.as_tensor(x, device=who.device) for x in (ids, targets)), per_token=True).double()
+        for row, index in enumerate(mine):
+            scored = np.flatnonzero(targets[row] != IGNORED)
+            if index >= 0 and len(scored):
+                a = starts[index]
+                result[a + scored[0] : a + scored[-1] + 1] = nll[row, scored[0] : scored[-1] + 1]
+    objective.train()
+    return who.sum_tensor(result).cpu().numpy()
+
+
+def code_length(stream: TokenStream, nats: NDArray[np.float64]) -> dict[str, Any]:
+    """Loss (nats per token), bits per byte with a bootstrap interval over documents, and the totals behind them."""
+    per_document = np.add.reduceat(nats, stream.starts)
+    interval = bits_per_byte_interval(per_document, stream.num_bytes)
+    return {
+        "loss": float(nats.mean()),
+        "bits_per_byte": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "documents": interval.n,
+        "scored_tokens": len(nats),
+        "bytes": int(stream.num_bytes.sum()),
+    }
+
+
+def bits_per_byte_interval(nats: NDArray[np.float64], num_bytes: NDArray[np.int64]) -> Interval:
+    """Bits per byte over documents, each with its nats (D,) and UTF-8 bytes (D,)."""
+    return bootstrap_ratio((nats / math.log(2)).tolist(), num_bytes.astype(float).tolist(), resamples=2000)

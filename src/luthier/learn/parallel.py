@@ -1,0 +1,100 @@
+"""Ranks: one process without any environment variable, or many under torchrun with FSDP2 (and HSDP) sharding."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from luthier.core.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a lost rank becomes an error, not a hang
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among how many, on which device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in fp64."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks of this launch. Under torchrun it joins the process group, and leaves it at the end."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {device!r}, but torch sees no CUDA device", hint="use --device cpu or auto")
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks(device=torch.device(kind))
+        return
+    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(who: Ranks, shard_size: int = 0) -> DeviceMesh:
+    """All ranks in one sharding group, or HSDP: groups of `shard_size` ranks that hold replicas of each other."""
+    if shard_size in (0, who.world_size):
+        return init_device_mesh(who.device.type, (who.world_size,), mesh_dim_names=("shard",))
+    if who.world_size % shard_size:
+        raise ConfigError(
+            f"shard_size: got {shard_size}, which does not divide the {who.world_size} ranks",
+            hint="use a divisor, usually the number of GPUs in a node, or 0 to shard over all ranks",
+        )
+    shape = (who.world_size // shard_size, shard_size)
+    return init_device_mesh(who.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(objective: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, low: torch.dtype | None) -> None:
+    """FSDP2: every block its own unit, then the rest; parameters stay fp32 masters, compute runs in `low`.
+
+    Gradients are reduced in fp32 and averaged over ranks; the loop undoes the average, because its losses are sums.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []

@@ -1,0 +1,119 @@
+"""Everything that a resume needs, in one place: weights, Adam moments, step, tokens, seconds, data cursor, RNG.
+
+Saved with torch.distributed.checkpoint: each rank writes its shards, and a state saved on N ranks loads on M. A state
+is written under a temporary name and renamed when whole, so a crash while saving cannot cost an older state.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from luthier.core.errors import CheckpointError
+from luthier.core.files import TEMPORARY, promote_folder, read_json, write_json
+from luthier.learn.parallel import Ranks
+from luthier.learn.precision import Weights
+
+
+@dataclass
+class TrainState:
+    """A training run between two steps. `cursor` is the data order's own state; `step` counts finished updates."""
+
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights and optimizer state by parameter name, as DCP reads and writes them."""
+        _materialize_moments(self.optimizer)
+        moments = {name: dict(self.optimizer.state[p]) for name, p in self.weights.masters.items()}
+        return {"model": {name: p.detach() for name, p in self.weights.masters.items()}, "optimizer": moments}
+
+    def counters(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "cursor": self.cursor}
+
+
+def _materialize_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's tensors before its first update, with an update that changes nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(optimizer.state.get(p) for p in parameters):
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    gradients = [p.grad for p in parameters]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+        optimizer.state[p]["step"].zero_()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def save_state(state: TrainState, folder: Path, who: Ranks) -> None:
+    """Write the state to `folder`, all ranks together; whole or not at all."""
+    partial = folder.with_name(folder.name + TEMPORARY)
+    if who.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    who.barrier()
+    with _quiet_dcp():
+        dcp.save({**state.tensors(), "rng": _rng()}, checkpoint_id=partial, no_dist=who.world_size == 1)
+    if who.is_main:
+        write_json(partial / "state.json", state.counters())
+        promote_folder(partial, folder)
+    who.barrier()
+
+
+def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
+    """Fill `state` in place from `folder`, whatever the number of ranks that wrote it.
+
+    Raises CheckpointError when files are missing or damaged, or belong to another model.
+    """
+    try:
+        counters = read_json(folder / "state.json")
+        values = {**state.tensors(), "rng": _rng()}
+        with _quiet_dcp():
+            dcp.load(values, checkpoint_id=folder, no_dist=who.world_size == 1)
+    except Exception as error:  # DCP raises many kinds, some of them wrapped
+        raise CheckpointError(
+            f"{folder}: cannot read this training state ({_first_line(error)})",
+            hint=f"remove {folder} to resume from the checkpoint before it",
+        ) from error
+    state.step, state.tokens, state.seconds = counters["step"], counters["tokens"], counters["seconds"]
+    state.cursor = counters["cursor"]
+    for name, parameter in state.weights.masters.items():
+        state.optimizer.state[parameter].update(values["optimizer"][name])
+    state.weights.publish()
+    torch.set_rng_state(values["rng"]["cpu"])
+
+
+def _rng() -> dict[str, Tensor]:
+    return {"cpu": torch.get_rng_state()}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+class _quiet_dcp(warnings.catch_warnings):
+    """DCP warns that a single process is a single process."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered

@@ -1,0 +1,212 @@
+"""CachedBackend: every reply is paid for once.
+
+A reply is stored under the SHA-256 of (model, request, sample index), so a run that was stopped, killed or extended
+asks only for what it does not have: n=5 after n=3 asks for two samples and returns the first three unchanged. The store
+is one SQLite file in WAL mode, synced at each commit and shared safely between processes. Failures are never stored.
+
+Identical requests that arrive while the first is under way wait for it (within one process). Two processes may both
+ask; the first reply to arrive is kept, and both return that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from luthier.core.errors import DataError, EndpointError
+from luthier.llm.types import Backend, Completion, Request, RequestFailed, Score, Usage, request_key, score_key
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY,    -- request_key or score_key
+    model TEXT NOT NULL,
+    question TEXT NOT NULL,  -- JSON, for people: what was asked
+    reply TEXT NOT NULL,     -- JSON: a Completion or a Score
+    created TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+) WITHOUT ROWID
+"""
+Value = TypeVar("Value")
+
+
+class CachedBackend:
+    """A `Backend` that remembers the replies of another one in a file.
+
+    `identity` names the model in the keys (default: the inner backend's `model`). Give one that changes with the
+    weights when the name does not, e.g. a folder that is trained again.
+
+    `hits` and `misses` count samples and scores; `usage` is what was paid now, `saved` what the hits had cost.
+    """
+
+    def __init__(self, inner: Backend, path: Path | str, *, identity: str | None = None) -> None:
+        self.inner = inner
+        self.hits = 0
+        self.misses = 0
+        self.saved = Usage()
+        self._identity = identity or inner.model
+        self._store = _Store(Path(path))
+        self._under_way: dict[str, asyncio.Event] = {}
+
+    @property
+    def model(self) -> str:
+        return self.inner.model
+
+    @property
+    def usage(self) -> Usage:
+        return self.inner.usage
+
+    async def complete(self, request: Request) -> list[Completion]:
+        """The request's samples: stored ones from the file, the others from the inner backend."""
+        samples = range(request.first_sample, request.first_sample + request.n)
+        keys = {index: request_key(self._identity, request, index) for index in samples}
+
+        async def fetch(claimed: list[int]) -> None:
+            runs = [self._fetch_run(request, run, keys) for run in _runs(claimed)]
+            for result in await asyncio.gather(*runs, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+
+        replies = await self._gather(keys, fetch, Completion.from_json)
+        return [replies[index] for index in samples]
+
+    async def score(self, prompt: str, completion: str) -> Score:
+        """The stored score, or the inner backend's."""
+        key = score_key(self._identity, prompt, completion)
+
+        async def fetch(_: list[int]) -> None:
+            score = await self.inner.score(prompt, completion)
+            self._store.put(key, self._identity, {"prompt": prompt, "completion": completion}, score.to_json())
+
+        return (await self._gather({0: key}, fetch, Score.from_json))[0]
+
+    async def aclose(self) -> None:
+        """Close the file and the inner backend."""
+        self._store.close()
+        await self.inner.aclose()
+
+    async def _fetch_run(self, request: Request, run: range, keys: dict[int, str]) -> None:
+        """Ask the inner backend for neighboring samples; what a partly failed call did return is stored too."""
+        question = request.canonical()
+        try:
+            completions = await self.inner.complete(replace(request, first_sample=run.start, n=len(run)))
+        except RequestFailed as failure:
+            for completion in failure.completions:
+                self._store.put(keys[completion.index], self._identity, question, completion.to_json())
+            raise
+        if [completion.index for completion in completions] != list(run):
+            raise EndpointError(
+                f"{self.model} returned samples {[c.index for c in completions]}, expected {list(run)}",
+                hint="the backend does not follow the Backend protocol",
+            )
+        for completion in completions:
+            self._store.put(keys[completion.index], self._identity, question, completion.to_json())
+
+    async def _gather(
+        self,
+        keys: dict[int, str],
+        fetch: Callable[[list[int]], Coroutine[Any, Any, None]],
+        parse: Callable[[dict[str, Any]], Any],
+    ) -> dict[int, Any]:
+        """The replies under all keys. What nobody has asked for yet is claimed and fetched; the rest is waited for.
+
+        A waiter whose leader failed or was cancelled looks again and, finding nothing, claims the key itself.
+        """
+        found: dict[int, Any] = {}
+        mine: set[int] = set()
+        while missing := [index for index in keys if index not in found]:
+            for index in missing:
+                if (value := self._store.get(keys[index])) is not None:
+                    found[index] = parse(value)
+                    self._count(found[index].usage, hit=index not in mine)
+            missing = [index for index in missing if index not in found]
+            claimed = [index for index in missing if keys[index] not in self._under_way]
+            if claimed:
+                mine |= set(claimed)
+                await self._lead([keys[index] for index in claimed], fetch(claimed))
+            elif missing:
+                await self._under_way[keys[missing[0]]].wait()
+        return found
+
+    async def _lead(self, keys: Iterable[str], fetch: Coroutine[Any, Any, None]) -> None:
+        done = asyncio.Event()
+        claimed = dict.fromkeys(keys, done)
+        self._under_way |= claimed
+        try:
+            await fetch
+        finally:
+            for key in claimed:
+                del self._under_way[key]
+            done.set()
+
+    def _count(self, usage: Usage, *, hit: bool) -> None:
+        if hit:
+            self.hits += 1
+            self.saved += usage
+        else:
+            self.misses += 1
+
+
+def _runs(indices: list[int]) -> list[range]:
+    """Sorted indices as maximal runs of neighbors: [3, 4, 7] -> [range(3, 5), range(7, 8)]."""
+    runs: list[range] = []
+    for index in indices:
+        if runs and runs[-1].stop == index:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs
+
+
+class _Store:
+    """The SQLite file. Calls take well under a millisecond plus one disk sync, so they run on the event loop."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = self._guard(lambda: sqlite3.connect(path, timeout=60.0, isolation_level=None))
+        try:
+            self._guard(self._prepare)
+        except DataError:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")  # a reply is paid for: it must survive a power cut too
+        self._db.execute(_SCHEMA)
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise DataError(
+                f"{self.path} is a reply cache of version {version}, expected {SCHEMA_VERSION}",
+                hint="use another file, or the luthier version that wrote it",
+            )
+        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        row = self._guard(lambda: self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone())
+        if row is None:
+            return None
+        value: dict[str, Any] = json.loads(row[0])
+        return value
+
+    def put(self, key: str, model: str, question: Any, reply: dict[str, Any]) -> None:
+        row = (key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply, ensure_ascii=False))
+        insert = "INSERT OR IGNORE INTO replies (key, model, question, reply) VALUES (?, ?, ?, ?)"
+        self._guard(lambda: self._db.execute(insert, row))
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _guard(self, action: Callable[[], Value]) -> Value:
+        try:
+            return action()
+        except sqlite3.Error as error:
+            raise DataError(
+                f"{self.path} cannot be used as a reply cache: {error}",
+                hint="if the file is damaged, move it away and run again; `sqlite3 FILE .recover` may save replies",
+            ) from error

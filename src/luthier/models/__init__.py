@@ -1,0 +1,12 @@
+"""The Instella model family (arXiv 2511.10628) as native Hugging Face classes, and model folders of any kind.
+
+Files in reading order:
+
+- `arithmetic.py`       sizes by name, parameter count, tensor names and shapes, KV cache, FLOPs; needs no torch
+- `instella_config.py`  `InstellaConfig`, the Hugging Face configuration
+- `instella.py`         `InstellaModel` and `InstellaForCausalLM`, operation by operation
+- `initialization.py`   the paper's random weights, the same for every world size
+- `load.py`             strict loading and atomic saving of model folders
+- `convert.py`          the original trainer's fused checkpoints to and from Hugging Face names
+- `register.py`         makes transformers' Auto classes know Instella, without importing transformers early
+"""

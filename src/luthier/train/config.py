@@ -1,0 +1,153 @@
+"""Settings of the training verbs. Loads no torch, so that help, checks and dry runs are instant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from luthier.core.errors import ConfigError
+
+Size = Literal["nano", "tiny", "small", "3b"]
+
+# The one dial. Wider models want smaller learning rates, and more steps.
+# Batch and length of the laptop sizes fill two cores; `3b` is the paper's stage 1 (spec table of arXiv 2511.10628).
+_LAPTOP = {"sequence_length": 256, "batch_size": 16, "micro_batch_size": 8, "warmup_steps": 50}
+SIZE_PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {**_LAPTOP, "vocab_size": 2048, "learning_rate": 4e-3, "steps": 600},
+    "tiny": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 3e-3, "steps": 1200},
+    "small": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 2e-3, "steps": 3000},
+    "3b": {
+        "sequence_length": 4096,
+        "batch_size": 1024,
+        "micro_batch_size": 8,
+        "warmup_steps": 2000,
+        "vocab_size": 50304,
+        "learning_rate": 4e-4,
+        "steps": 969_171,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a causal language model from random weights (stage 1 of Instella's recipe)."""
+
+    PRESET_FIELD: ClassVar[str] = "size"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZE_PRESETS
+
+    out: Path = Path("runs/pretrain")
+    """Run folder; running the same command again resumes it."""
+    size: Size = "tiny"
+    """Sets width, depth, vocabulary, learning rate, batch and steps together; single settings override it."""
+    model: str = ""
+    """Another architecture: a folder or hub id whose config.json describes any Hugging Face causal LM."""
+    data: tuple[str, ...] = ("python-prose",)
+    """Corpora: python-prose, a file, a folder, a hub id, or token shards made earlier."""
+    weights: tuple[float, ...] = ()
+    """Share of the training sequences that each corpus gets; empty: in proportion to its tokens."""
+    held_out: float = 0.1
+    """Fraction of the documents that is kept for evaluation."""
+    eval_data: str = ""
+    """Token shards to evaluate on when the corpora are token shards too (which cannot be split)."""
+    tokenizer: str = ""
+    """A folder or hub id with a tokenizer; empty: train a byte-level BPE on the training documents."""
+    vocab_size: int = 4096
+    """Rows of the embedding, and the size of a trained tokenizer."""
+    seed: int = 6198
+    """Decides initial weights, data order and samples."""
+
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    batch_size: int = 16
+    """Sequences per optimizer update, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences of one rank in one forward pass; changes speed and memory, not the result."""
+    steps: int = 1200
+    """Optimizer updates."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 50
+    """Updates from a tenth of the peak to the peak."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    epsilon: float = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on every parameter as in the paper."""
+    grad_clip: float = 1.0
+    """Largest L2 norm of the whole gradient; 0 does not clip."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 computes in bf16 over fp32 master weights; auto takes it where this machine multiplies it faster."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile each block; auto does on CUDA."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention kernel; auto takes SDPA, or plain matrix products where these are faster (bf16, CPU, short rows)."""
+    document_mask: bool = False
+    """Attend within documents only; the paper's pretraining attends across them."""
+    activation_checkpointing: bool = False
+    """Recompute activations of each block in the backward pass: less memory, about a third more time."""
+    shard_size: int = 0
+    """FSDP2 under torchrun: ranks that share one copy of the model (HSDP when fewer than all); 0 means all."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+    log_every: int = 10
+    """Steps between rows of training metrics."""
+    checkpoint_every: int = 200
+    """Steps between training states."""
+    keep_checkpoints: int = 2
+    """Training states that are kept."""
+    eval_every: int = 200
+    """Steps between held-out evaluations; 0 evaluates only at the end."""
+    eval_tokens: int = 32_768
+    """Held-out tokens of an evaluation on the way; the last one uses all."""
+    sample_prompts: tuple[str, ...] = ("The ", "Return ", "If ")
+    """Beginnings that the model continues at each evaluation; empty: no samples."""
+    stop_after: int = 0
+    """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every", "eval_tokens")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "epsilon", "vocab_size")
+        _check_fraction(self, "held_out", "final_fraction")
+        if not self.data:
+            raise ConfigError("data: got no corpus, expected at least one", hint="for example data: [python-prose]")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ConfigError(
+                f"weights: got {len(self.weights)} for {len(self.data)} corpora", hint="give one weight for each corpus"
+            )
+        if self.warmup_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps: got {self.warmup_steps}, more than the {self.steps} steps",
+                hint="lower warmup_steps or raise steps",
+            )
+
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...]] = (
+        "out",
+        "device",
+        "stop_after",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "shard_size",
+    )
+    """Settings that may differ when a run is resumed: they do not touch the result."""
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name}: got {getattr(config, name)}, expected more than 0", hint=f"raise {name}")
+
+
+def _check_fraction(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name}: got {getattr(config, name)}, expected 0 to 1", hint="for example 0.1")

@@ -1,0 +1,249 @@
+"""Stage 1 of Instella, arXiv 2511.10628 section 2: pretraining from random weights, on one process or many.
+
+AdamW on every parameter, warm-up from a tenth of the peak, cosine to a tenth, gradient norm clipped at 1, bf16 compute
+over fp32 masters, no dropout, sequences that cross document borders.
+
+Departures: the loss is a mean over targets, not over input positions (theirs is scaled by 4095/4096); every window has
+as many targets as inputs; evaluation and samples run in the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from luthier.core.console import Console
+from luthier.core.run import RunFolder
+from luthier.core.seeds import derive_seed
+from luthier.data.mixture import WindowMixture
+from luthier.learn.evaluate import TokenStream, code_length, stream_nll
+from luthier.learn.loop import Job, LoopSettings, train
+from luthier.learn.meters import Meter, peak_flops, prefers_bf16, training_flops_per_token
+from luthier.learn.objectives import CausalLoss, has_plain_head
+from luthier.learn.parallel import Ranks, make_mesh, shard, transformer_blocks
+from luthier.learn.precision import Weights
+from luthier.learn.schedule import learning_rate
+from luthier.learn.state import TrainState, load_state
+from luthier.llm.local import LocalModel
+from luthier.llm.types import Request
+from luthier.models.initialization import initialize
+from luthier.models.instella import InstellaForCausalLM
+from luthier.models.instella_config import sized_config
+from luthier.train.config import PretrainConfig
+from luthier.train.prepare import check_vocabulary
+
+EAGER_LIMIT = 512  # tokens; up to here plain matrix products beat SDPA in bf16 on a CPU
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The outcome: a model whose weights `state_dict` holds in fp32 (main rank), and the held-out measurement."""
+
+    finished: bool
+    model: PreTrainedModel
+    state_dict: dict[str, torch.Tensor]
+    held_out: dict[str, Any]
+    state: TrainState
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PreTrainedModel:
+    """A model with random weights that depend on the seed alone. `meta` leaves an Instella's weights unallocated."""
+    kernel = None if config.attention == "auto" else config.attention
+    if config.model:
+        other = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+        check_vocabulary(tokenizer, other.vocab_size)
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(config.seed, "initial weights"))
+            return AutoModelForCausalLM.from_config(other, dtype=torch.float32, attn_implementation=kernel)
+    check_vocabulary(tokenizer, config.vocab_size)
+    sized = sized_config(
+        config.size, tokenizer, vocab_size=config.vocab_size, max_position_embeddings=config.sequence_length
+    )
+    with torch.device("meta" if meta else "cpu"):
+        model = InstellaForCausalLM._from_config(sized, dtype=torch.float32, attn_implementation=kernel)
+    if not meta:
+        initialize(model, derive_seed(config.seed, "initial weights"))
+    return model
+
+
+def pretrain(
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    mixture: WindowMixture,
+    held_out: TokenStream,
+    *,
+    who: Ranks,
+    checkpoints: Path,
+    run: RunFolder | None,
+    console: Console,
+) -> Pretrained:
+    """Train, resuming from the newest state in `checkpoints`. All ranks call it; only the main one has a `run`."""
+    model = build_model(config, tokenizer, meta=who.world_size > 1 and not config.model)
+    flops = training_flops_per_token(model, config.sequence_length)
+    low = _low_precision(config, who, console)
+    _choose_attention(model, config, low, who)
+    objective = _place(model, config, low, who)
+    weights = Weights(objective, low if who.world_size == 1 else None)
+    optimizer = torch.optim.AdamW(
+        weights.masters.values(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    state = TrainState(weights, optimizer, cursor=mixture.state_dict())
+    _resume(state, mixture, checkpoints, who, run, console)
+    score = partial(evaluate, objective, tokenizer, config=config, who=who)
+    job = Job(
+        objective=objective,
+        state=state,
+        batch_at=partial(mixture.batch, rank=who.rank, world_size=who.world_size, document_ids=config.document_mask),
+        learning_rate=partial(
+            learning_rate,
+            schedule=config.schedule,
+            peak=config.learning_rate,
+            warmup=config.warmup_steps,
+            total=config.steps,
+            final_fraction=config.final_fraction,
+        ),
+        meter=Meter(flops, peak_flops(who.device, low or torch.float32) * who.world_size),
+        checkpoints=checkpoints,
+        run=run,
+        evaluate=partial(score, held_out.head(config.eval_tokens), stride=config.sequence_length),
+        sample=partial(sample, model, tokenizer, config) if who.world_size == 1 and config.sample_prompts else None,
+    )
+    finished = train(job, _loop_settings(config), who, console)
+    final = score(held_out, stride=config.sequence_length // 2) if finished else {}
+    return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
+
+
+def _loop_settings(config: PretrainConfig) -> LoopSettings:
+    return LoopSettings(
+        steps=config.steps,
+        micro_batch_size=config.micro_batch_size,
+        grad_clip=config.grad_clip,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        eval_every=config.eval_every,
+        sample_every=config.eval_every,
+        stop_after=config.stop_after,
+    )
+
+
+def _low_precision(config: PretrainConfig, who: Ranks, console: Console) -> torch.dtype | None:
+    """The dtype of compute, or None for fp32 throughout."""
+    low = config.precision == "bf16" or (config.precision == "auto" and prefers_bf16(who.device))
+    if who.is_main:
+        reason = " (this device multiplies it natively)" if low and config.precision == "auto" else ""
+        console.status(f"precision: {'bf16 over fp32 masters' if low else 'fp32'}{reason}")
+    return torch.bfloat16 if low else None
+
+
+def _choose_attention(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks) -> None:
+    short = config.sequence_length <= EAGER_LIMIT
+    if config.attention == "auto" and low is not None and who.device.type == "cpu" and short:
+        model.set_attn_implementation("eager")
+
+
+def _place(
+    model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks
+) -> CausalLoss:
+    """Put the model on its device, or shards of it on all; wrap it with its loss."""
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    is_instella = isinstance(model, InstellaForCausalLM)
+    objective = CausalLoss(model, plain_head=is_instella or has_plain_head(model))
+    blocks = transformer_blocks(model)
+    if config.compile == "on" or (config.compile == "auto" and who.device.type == "cuda"):
+        for block in blocks:
+            block.compile()
+    if who.world_size == 1:
+        objective.to(who.device)
+        return objective
+    shard(objective, blocks, make_mesh(who, config.shard_size), low)
+    if is_instella:
+        objective.to_empty(device=who.device)
+        initialize(model, derive_seed(config.seed, "initial weights"))
+    else:
+        objective.to(who.device)
+    return objective
+
+
+def _resume(
+    state: TrainState,
+    mixture: WindowMixture,
+    checkpoints: Path,
+    who: Ranks,
+    run: RunFolder | None,
+    console: Console,
+) -> None:
+    """Load the newest training state, if there is one, and forget what was logged after it."""
+    steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.glob("step-????????"))
+    if steps:
+        load_state(state, checkpoints / f"step-{steps[-1]:08d}", who)
+        mixture.load_state_dict(state.cursor)
+        if who.is_main:
+            console.status(f"resuming at step {state.step}")
+    if run is not None:
+        run.rewind(state.step)
+
+
+def evaluate(
+    objective: CausalLoss,
+    tokenizer: PreTrainedTokenizerFast,
+    stream: TokenStream,
+    *,
+    config: PretrainConfig,
+    who: Ranks,
+    stride: int,
+) -> dict[str, Any]:
+    """Bits per byte of a held-out stream, with contexts of at least `sequence_length - stride` tokens."""
+    nats = stream_nll(
+        objective,
+        stream.tokens,
+        start_token=tokenizer.eos_token_id,
+        context=config.sequence_length,
+        stride=max(1, stride),
+        batch_size=config.micro_batch_size,
+        who=who,
+    )
+    return code_length(stream, nats)
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig) -> list[dict[str, Any]]:
+    """What the model writes after each of the prompts, at temperature 0.8 and with fixed seeds."""
+    model.eval()
+    backend = LocalModel(model, tokenizer)
+    seed = derive_seed(config.seed, "samples")
+
+    async def complete() -> list[str]:
+        requests = [
+            Request(prompt=prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=seed)
+            for prompt in config.sample_prompts
+        ]
+        replies = await asyncio.gather(*(backend.complete(request) for request in requests))
+        await backend.aclose()
+        return [reply[0].text for reply in replies]
+
+    texts = asyncio.run(complete())
+    model.train()
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample_prompts, texts, strict=True)]
+
+
+def gather_weights(objective: CausalLoss, weights: Weights, who: Ranks) -> dict[str, torch.Tensor]:
+    """fp32 weights under the model's own names; sharded ones are gathered on the main rank, empty elsewhere."""
+    if who.world_size == 1:
+        return {name.removeprefix("model."): p.detach() for name, p in weights.masters.items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {k.removeprefix("model."): v for k, v in get_model_state_dict(objective, options=options).items()}

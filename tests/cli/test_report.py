@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from luthier.cli.report import ReportConfig, run
+from luthier.core.console import Console
+from luthier.core.errors import DataError
+from luthier.core.run import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    RunFolder.open(tmp_path / "demo", {"steps": 3}).close()
+    return tmp_path / "demo"
+
+
+def test_run_is_positional_and_out_has_a_default(folder: Path) -> None:
+    assert tyro.cli(ReportConfig, args=[str(folder)]) == ReportConfig(run=folder, out=None)
+    assert tyro.cli(ReportConfig, args=[str(folder), "-o", "x.html"]).out == Path("x.html")
+
+
+def test_writes_the_report_and_says_where(folder: Path) -> None:
+    out = io.StringIO()
+    run(ReportConfig(run=folder), Console(out=out))
+    assert out.getvalue() == f"report: {folder / 'report.html'}\n"
+    assert "<!doctype html>" in (folder / "report.html").read_text()
+
+
+def test_json_result(folder: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    run(ReportConfig(run=folder, out=tmp_path / "r.html"), Console(out=out, as_json=True))
+    assert json.loads(out.getvalue()) == {"report": str(tmp_path / "r.html")}
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        run(ReportConfig(run=tmp_path / "absent"), Console(out=io.StringIO()))
