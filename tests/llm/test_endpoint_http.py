@@ -8,8 +8,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -57,9 +58,13 @@ async def immediately(seconds: float) -> None:
     return None
 
 
-def complete(url: str, **options: float) -> str:
+async def never(seconds: float) -> None:
+    raise AssertionError("nothing to wait for")
+
+
+def complete(url: str, sleep: Callable[[float], Awaitable[None]] = immediately, **options: Any) -> str:
     async def main() -> str:
-        endpoint = Endpoint(url, "m", api_key="", sleep=immediately, **options)  # type: ignore[arg-type]
+        endpoint = Endpoint(url, "m", api_key="", sleep=sleep, **options)
         try:
             return (await endpoint.complete(ASK))[0].text
         finally:
@@ -78,7 +83,7 @@ def test_connection_refused_fails_at_once_and_asks_whether_the_server_runs() -> 
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(RequestFailed, match="cannot be reached") as caught:
-        complete(url)
+        complete(url, never)
     assert caught.value.status is None
     assert caught.value.hint == f"is the server running at {url}?"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import Completion, LocalModel, Request, generation
@@ -48,6 +48,15 @@ def test_answers_do_not_depend_on_the_batch(local: Make) -> None:
     for size in (1, 3, 32):
         assert sampled(complete(local(max_batch_size=size), MIXED)) == sampled(alone)
     assert sampled(complete(local(), MIXED[::-1]))[::-1] == sampled(alone)
+
+
+def test_padding_does_not_shift_absolute_positions(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rotary positions are relative and would hide a shift; GPT-2's learned ones do not."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96, "initializer_range": 0.5}
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **shape)).eval()
+    alone = [complete(LocalModel(network, tokenizer, max_batch_size=1), [request])[0] for request in MIXED]
+    assert sampled(complete(LocalModel(network, tokenizer), MIXED)) == sampled(alone)
 
 
 def test_greedy_equals_the_transformers_loop(
@@ -241,6 +250,7 @@ def test_nan_is_an_error_for_everyone_in_the_batch_and_the_next_call_works(
 def test_concurrent_requests_share_forward_passes_and_equal_prompts_are_read_once(
     local: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("luthier.llm.local.MERGE_WINDOW", 0.1)
     shapes: list[tuple[int, ...]] = []
     forward = generation._forward
 
@@ -346,6 +356,7 @@ def test_unsettled_text() -> None:
 
 
 def test_a_cancelled_request_leaves_its_batch(local: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.llm.local.MERGE_WINDOW", 0.1)
     sizes: list[int] = []
     forward = generation._forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -202,11 +203,20 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
 
 
 @TRACERS_OWN_WARNINGS
-def test_one_graph_without_breaks() -> None:
+def test_one_graph_without_breaks_or_needless_masks() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     model = make_model().train()
     tokens = random_tokens(2, 24)
-    traced = torch.compile(model, fullgraph=True, backend="eager")
+    traced = torch.compile(model, fullgraph=True, backend=record)
     torch.testing.assert_close(traced(tokens).logits, model(tokens).logits)
+    attention = [node for node in graphs[0].graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    assert [(node.kwargs["attn_mask"], node.kwargs["is_causal"]) for node in attention] == [(None, True)] * 4
+
     packed = model(tokens, document_ids=PACKED).logits
     torch.testing.assert_close(traced(tokens, document_ids=PACKED).logits, packed)
 

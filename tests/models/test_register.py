@@ -13,14 +13,6 @@ from luthier.models.arithmetic import SIZES
 from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import InstellaConfig
 
-REGISTER = """
-import sys
-from luthier.models.register import register_when_transformers_loads
-before = set(sys.modules)
-register_when_transformers_loads()
-"""
-STAYED_LIGHT = "assert not {'torch', 'transformers'} & (set(sys.modules) - before), 'registration is not light'\n"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,10 +40,16 @@ def run(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_register_first_then_load_a_model(folder: Path) -> None:
+def test_package_first_then_every_auto_class(folder: Path) -> None:
     run(
-        f"{REGISTER}{STAYED_LIGHT}"
-        "from transformers import AutoModelForCausalLM, AutoModel\n"
+        "import sys, luthier\n"
+        "from luthier.models.register import register_when_transformers_loads\n"
+        "register_when_transformers_loads()\n"
+        "assert sum(type(finder).__module__.startswith('luthier') for finder in sys.meta_path) == 1\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'registration is not light'\n"
+        "import transformers.modeling_layers\n"  # pulls the Auto tables in while half imported itself
+        "assert not any(type(finder).__module__.startswith('luthier') for finder in sys.meta_path)\n"
+        "from transformers import AutoModel, AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
         "assert type(model).__module__ == 'luthier.models.instella', type(model)\n"
         "assert model.model.rotary_emb.inv_freq.abs().min() > 0\n"
@@ -62,28 +60,16 @@ def test_register_first_then_load_a_model(folder: Path) -> None:
 def test_transformers_first(folder: Path) -> None:
     run(
         "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
-        f"{REGISTER}"
+        "import luthier\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
         "assert type(model).__module__ == 'luthier.models.instella', type(model)\n"
     )
 
 
-def test_config_only_and_deep_imports_first(folder: Path) -> None:
+def test_config_only(folder: Path) -> None:
     run(
-        f"{REGISTER}{STAYED_LIGHT}"
-        "import transformers.modeling_layers\n"  # pulls the Auto tables in while half imported itself
+        "import luthier\n"
         "from transformers import AutoConfig\n"
         f"config = AutoConfig.from_pretrained({str(folder)!r})\n"
         "assert type(config).__module__ == 'luthier.models.instella_config', type(config)\n"
-        "assert not any(type(finder).__module__.startswith('luthier') for finder in sys.meta_path)\n"
-    )
-
-
-def test_registering_twice_adds_one_finder_and_is_harmless(folder: Path) -> None:
-    run(
-        f"{REGISTER}register_when_transformers_loads()\n"
-        "assert sum(type(finder).__module__.startswith('luthier') for finder in sys.meta_path) == 1\n"
-        "from transformers import AutoConfig\n"
-        "register_when_transformers_loads()\n"
-        f"assert AutoConfig.from_pretrained({str(folder)!r}).model_type == 'instella'\n"
     )

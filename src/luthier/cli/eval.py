@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from luthier.data.sources import TextSource
+    from luthier.learn.parallel import Ranks
 
 LONGEST_CONTEXT = 2048  # tokens, unless asked for more
 
@@ -53,34 +56,51 @@ class EvalConfig:
 
 
 def run(config: EvalConfig, console: Console) -> None:
-    """Score the text, print the table, and write it to the run folder if one is asked for."""
+    """Score the text, print the table, and write it to the run folder if one is asked for. Ranks share the work."""
     from luthier.data.tokenizer import is_lossless, load_tokenizer
     from luthier.learn.parallel import ranks
     from luthier.models.load import load_pretrained
 
-    folder = RunFolder.open(config.out, to_mapping(config), may_change=("out", "device")) if config.out else None
-    tokenizer = load_tokenizer(config.model)
-    source = _head(_open_text(config.data, tokenizer), config.max_bytes)
-    with ranks(config.device) as who:
+    with ranks(config.device) as who, _open_run(config, is_main=who.is_main) as folder:
+        tokenizer = load_tokenizer(config.model)
+        source = _head(_open_text(config.data, tokenizer), config.max_bytes)
+        given = _open_text(config.given, tokenizer) if config.given else None
         model = load_pretrained(config.model, device=who.device)
-        score = _score(model, tokenizer, source, config)
-    given = _open_text(config.given, tokenizer) if config.given else None
-    rows = [_model_row(config.model, score, conditional=given is not None)]
-    if config.compressors:
-        rows += _compressor_rows(source, given)
-    columns = ["", "bits/byte", "95 % interval", "given the training text"]
-    note = _note(score, source, model, lossless=is_lossless(tokenizer, source.documents), given=given)
-    title = f"{source.name}: {source.num_bytes:,} bytes in {len(source.documents):,} documents"
-    console.table(title, columns, rows, note)
-    console.result({**score, "perplexity": math.exp(score["loss"]), "table": rows})
-    if folder is not None:
-        headline = {
-            "bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
-            "perplexity": f"{math.exp(score['loss']):.2f} per token",
+        score = _score(model, tokenizer, source, config, who)
+        if not who.is_main:
+            return
+        rows = [_model_row(config.model, score, conditional=given is not None)]
+        if config.compressors:
+            rows += _compressor_rows(source, given)
+        table: dict[str, Any] = {
+            "title": f"{source.name}: {source.num_bytes:,} bytes in {len(source.documents):,} documents",
+            "columns": ["", "bits/byte", "95 % interval", "given the training text"],
+            "rows": rows,
+            "note": _note(score, source, model, lossless=is_lossless(tokenizer, source.documents), given=given),
         }
-        table = {"title": title, "columns": columns, "rows": rows, "note": note}
-        folder.write_summary({"verb": "eval", "headline": headline, "tables": [table], "score": score})
-        folder.close()
+        console.table(**table)
+        console.result({**score, "perplexity": math.exp(score["loss"]), "table": rows})
+        if folder is not None:
+            folder.write_summary(_summary(score, table))
+
+
+@contextlib.contextmanager
+def _open_run(config: EvalConfig, *, is_main: bool) -> Iterator[RunFolder | None]:
+    """The run folder, where one is asked for, on the main rank."""
+    if config.out is None or not is_main:
+        yield None
+        return
+    opened = RunFolder.open(config.out, to_mapping(config), may_change=("out", "device"))
+    with contextlib.closing(opened) as folder:
+        yield folder
+
+
+def _summary(score: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    headline = {
+        "bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+        "perplexity": f"{math.exp(score['loss']):.2f} per token",
+    }
+    return {"verb": "eval", "headline": headline, "tables": [table], "score": score}
 
 
 def _open_text(spec: str, tokenizer: PreTrainedTokenizerFast) -> TextSource:
@@ -97,7 +117,7 @@ def _open_text(spec: str, tokenizer: PreTrainedTokenizerFast) -> TextSource:
 def _head(source: TextSource, max_bytes: int) -> TextSource:
     if not max_bytes:
         return source
-    kept, size = [], 0
+    kept, size = list[str](), 0
     for document in source.documents:
         size += len(document.encode())
         if kept and size > max_bytes:
@@ -107,14 +127,17 @@ def _head(source: TextSource, max_bytes: int) -> TextSource:
 
 
 def _score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, source: TextSource, config: EvalConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    source: TextSource,
+    config: EvalConfig,
+    who: Ranks,
 ) -> dict[str, Any]:
     import numpy as np
 
     from luthier.data.tokenizer import encode_documents
     from luthier.learn.evaluate import TokenStream, code_length, stream_nll
     from luthier.learn.objectives import CausalLoss, has_plain_head
-    from luthier.learn.parallel import Ranks
 
     encoded = encode_documents(tokenizer, source.documents)
     lengths = [len(ids) for ids in encoded]
@@ -123,7 +146,13 @@ def _score(
         starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]),
         num_bytes=np.asarray([len(document.encode()) for document in source.documents]),
     )
-    context = config.context or min(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    limit = getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT)
+    if config.context > limit:
+        raise ConfigError(
+            f"context: got {config.context}, but {config.model} reads at most {limit} tokens",
+            hint=f"give --context {limit} or less",
+        )
+    context = config.context or min(limit, LONGEST_CONTEXT)
     nats = stream_nll(
         CausalLoss(model, plain_head=has_plain_head(model)),
         stream.tokens,
@@ -131,7 +160,7 @@ def _score(
         context=context,
         stride=max(1, context // 2),
         batch_size=config.batch_size,
-        who=Ranks(device=model.device),
+        who=who,
     )
     return {**code_length(stream, nats), "context": context}
 

@@ -7,30 +7,39 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from luthier import __version__
 
 
 class Verb(NamedTuple):
-    """Where a verb lives. `module` has `run(config, console)`; `extra` is what its heavy imports need."""
+    """Where a verb lives. `module` has `run(config, console)`; `extra` is what its heavy imports need.
+
+    A `stage` may stand in a recipe: its config has `out`, a run folder.
+    """
 
     summary: str
     module: str
     config: str
     extra: str = ""
+    stage: bool = False
 
 
 VERBS = {
     "tour": Verb("a model's whole life in minutes, on this machine", "luthier.cli.tour", "luthier.cli.tour:TourConfig"),
     "pretrain": Verb(
-        "train a model from random weights", "luthier.cli.pretrain", "luthier.train.config:PretrainConfig", "torch"
+        "train a model from random weights",
+        "luthier.cli.pretrain",
+        "luthier.train.config:PretrainConfig",
+        "torch",
+        stage=True,
     ),
     "eval": Verb(
         "perplexity and bits per byte of a model on any text",
         "luthier.cli.eval",
         "luthier.cli.eval:EvalConfig",
         "torch",
+        stage=True,
     ),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
     "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
@@ -43,6 +52,8 @@ OPTIONS = {
     "--dry-run": "check the settings, say what it would cost, and stop",
     "--debug": "show the traceback of an error",
 }
+
+UNUSABLE_PATH = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error), error.hint, code=130 if isinstance(error, Interrupted) else 2)
         if _is_disk_full(error):
             return _fail(f"the disk is full ({error})", "free some space and run the same command again: it resumes")
+        if isinstance(error, UNUSABLE_PATH):
+            return _fail(f"{error.filename}: {(error.strerror or '').lower()}", "give another path, or its permissions")
         raise
 
 
@@ -84,7 +97,7 @@ def _dispatch(arguments: list[str], *, debug: bool) -> int:
     verb = VERBS[name]
     from luthier.cli.options import parse
 
-    config = parse(load_config(name), [a for a in arguments[1:] if a not in OPTIONS], f"luthier {name}")
+    config: Any = parse(load_config(name), [a for a in arguments[1:] if a not in OPTIONS], f"luthier {name}")
     module = importlib.import_module(verb.module)
     err = None if int(os.environ.get("RANK", "0")) == 0 else open(os.devnull, "w")  # noqa: SIM115 - lives with us
     console = Console(as_json="--json" in arguments, out=err, err=err)
@@ -108,20 +121,25 @@ def load_config(verb: str) -> type:
 
 
 def _help() -> str:
-    width = max(map(len, [*VERBS, *OPTIONS]))
+    width = max(map(len, [*VERBS, *OPTIONS, "--config FILE"]))
     lines = ["luthier: make, tune and use small language models", "", "usage: luthier VERB [options]", ""]
     lines += [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
     lines += ["", "every verb takes:", *(f"  {name:<{width}}  {text}" for name, text in OPTIONS.items())]
+    lines += [f"  {'--config FILE':<{width}}  settings from a YAML file, such as the config.yaml of an earlier run"]
     lines += [f"  {'--help':<{width}}  its own options", "", "start with: luthier tour"]
     return "\n".join(lines)
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
+    """Libraries wrap the system's error in their own, with its words in the message or as the cause."""
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+        return True
+    return any(inner is not None and _is_disk_full(inner) for inner in (error.__cause__, error.__context__))
 
 
 def _fail(message: str, hint: str, *, code: int = 2) -> int:
     rank = os.environ.get("RANK", "0")
     prefix = "luthier" if rank == "0" else f"luthier (rank {rank})"
-    print(f"{prefix}: {message}\n  hint: {hint}", file=sys.stderr)
+    one_line, one_hint = " ".join(message.split("\n")), " ".join(hint.split("\n"))
+    print(f"{prefix}: {one_line}\n  hint: {one_hint}", file=sys.stderr)
     return code

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +21,10 @@ Config = TypeVar("Config")
 
 
 def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """The config of a verb. Takes `--config FILE` itself; everything else is a field of `cls`."""
+    """The config of a verb. Takes `--config FILE` itself; everything else is a field of `cls`.
+
+    Raises ConfigError for whatever the command line or the file says wrong; --help exits.
+    """
     argv, file = _take(list(argv), "--config")
     values: dict[str, Any] = dict(_read(file)) if file else {}
     field = getattr(cls, "PRESET_FIELD", None)
@@ -27,7 +34,43 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
             values[field] = chosen
     _check_flags(cls, argv)
     default = _partial(cls, config_.resolve(cls, values))
-    return tyro.cli(cls, args=argv, prog=prog, default=default, description=cls.__doc__)
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(
+                cls,
+                args=argv,
+                prog=prog,
+                default=default,
+                description=cls.__doc__,
+                config=(tyro.conf.PositionalMetavarFromFieldName,),
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        hint = f"{prog} --help shows every option"
+        raise ConfigError(_refused(cls, argv, refusal.getvalue()), hint=hint) from error
+
+
+def _refused(cls: type, argv: Sequence[str], box: str) -> str:
+    """One line for what tyro refused, which it says in a box: the option with its values, or else tyro's own words."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│╭╮╰╯─ ") for line in plain.splitlines()[1:]]
+    words = " ".join(itertools.takewhile(bool, lines))  # up to the rule before the help
+    hints = typing.get_type_hints(cls)
+    for index, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        expected = hints.get(flag[2:].replace("-", "_"))
+        if expected is None or flag not in re.findall(r"--[\w-]+", words):
+            continue
+        values = [value] if value else list(itertools.takewhile(lambda a: not a.startswith("--"), argv[index + 1 :]))
+        suggestion = did_you_mean(" ".join(values), typing.get_args(expected))
+        return f"{flag}: got {' '.join(map(repr, values)) or 'nothing'}, expected {_expects(expected)}{suggestion}"
+    return words
+
+
+def _expects(expected: Any) -> str:
+    return "no value (a switch)" if expected is bool else config_.type_name(expected)
 
 
 def _read(file: str) -> Mapping[str, Any]:
@@ -51,11 +94,17 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
 
 def _check_flags(cls: type, argv: Sequence[str]) -> None:
     names = [field.name for field in dataclasses.fields(cls)]
+    seen = set[str]()
     for argument in argv:
         name = argument[2:].partition("=")[0].replace("-", "_")
-        if not argument.startswith("--") or not name or name in ("help", *names, *(f"no_{known}" for known in names)):
+        if not argument.startswith("--") or not name or name == "help":
             continue
         flag = "--" + name.replace("_", "-")
+        if name in seen:
+            raise ConfigError(f"{flag}: given twice", hint=f"give it once; several values follow one {flag}")
+        seen.add(name)
+        if name in names or name.removeprefix("no_") in names:
+            continue
         suggestion = did_you_mean(flag, ["--" + known.replace("_", "-") for known in names])
         raise ConfigError(f"{flag}: no such option{suggestion}", hint="add --help to see them all")
 

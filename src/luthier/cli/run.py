@@ -6,7 +6,10 @@ inside the folder of that earlier stage.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,9 @@ from luthier.core.console import Console
 from luthier.core.errors import ConfigError, did_you_mean, require
 from luthier.core.files import read_json, write_json
 from luthier.core.run import RunFolder
+
+STAGE_VERBS = tuple(name for name, verb in VERBS.items() if verb.stage)
+STAGE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +60,36 @@ def run(config: RunConfig, console: Console) -> None:
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check every stage, and print what the ones that can tell would cost."""
     out = config.out or Path("runs") / config.recipe.stem
+    results: dict[str, dict[str, Any]] = {}
     for stage in read_recipe(config.recipe, out, config.set):
         console.print(f"{stage.folder.name}: {stage.verb}, settings are valid")
-        module = importlib.import_module(VERBS[stage.verb].module)
+        module, of_stage = importlib.import_module(VERBS[stage.verb].module), StageConsole(console)
         if hasattr(module, "dry_run"):
-            module.dry_run(stage.config, console)
+            module.dry_run(stage.config, of_stage)
+        results[stage.name] = of_stage.values
+    console.result({"stages": results})
 
 
 def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console) -> None:
     """Run a recipe file into `out`; stages whose settings and inputs are unchanged are skipped."""
     stages = read_recipe(recipe, out, changes)
-    described = {"recipe": recipe.name, "stages": [{f"{s.verb} {s.name}": s.values} for s in stages]}
-    folder = RunFolder.open(out, described)
+    described = {"recipe": recipe.name, "stages": {stage.folder.name: {stage.verb: stage.values} for stage in stages}}
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first rank alone writes
+        _run_stages(stages, console, mark=False)
+        return
+    with contextlib.closing(RunFolder.open(out, described)) as folder:
+        _run_stages(stages, console, mark=True)
+        results = {stage.name: RunFolder.read(stage.folder).summary for stage in stages}
+        folder.write_summary(_summary(results))
+        from luthier.report.html import write_report
+
+        report = write_report(out)
+        console.print(f"report: {report}")
+        console.result({"stages": results, "report": str(report)})
+
+
+def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> None:
+    """Run what is not done, and `mark` what was: with the hash of the stage's settings and of the stages it needs."""
     hashes: dict[str, str] = {}
     for stage in stages:
         hashes[stage.name] = config_.digest([stage.verb, stage.values, [hashes[name] for name in stage.needs]])
@@ -75,12 +99,8 @@ def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console
             continue
         console.status(f"== {stage.folder.name}")
         _run_stage(stage, console)
-        write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
-    folder.write_summary(_summary(stages))
-    from luthier.report.html import write_report
-
-    console.print(f"report: {write_report(out)}")
-    folder.close()
+        if mark:
+            write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
 
 
 def _run_stage(stage: Stage, console: Console) -> None:
@@ -88,14 +108,27 @@ def _run_stage(stage: Stage, console: Console) -> None:
     if verb.extra:
         require("torch", verb.extra)
         require("transformers", verb.extra)
-    importlib.import_module(verb.module).run(stage.config, console)
+    importlib.import_module(verb.module).run(stage.config, StageConsole(console))
 
 
-def _summary(stages: Sequence[Stage]) -> dict[str, Any]:
-    headline: dict[str, str] = {}
-    for stage in stages:
-        summary = RunFolder.read(stage.folder).summary
-        headline |= {f"{stage.name}: {key}": value for key, value in summary.get("headline", {}).items()}
+class StageConsole(Console):
+    """A stage writes through the recipe's console, but keeps its result for the recipe's own."""
+
+    def __init__(self, parent: Console) -> None:
+        super().__init__(as_json=parent.as_json, out=parent.out, err=parent.err)
+        self.values: dict[str, Any] = {}
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Keep the result instead of printing it."""
+        self.values = values
+
+
+def _summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    headline = {
+        f"{name}: {key}": value
+        for name, summary in results.items()
+        for key, value in summary.get("headline", {}).items()
+    }
     return {"verb": "run", "headline": headline, "tables": []}
 
 
@@ -106,18 +139,33 @@ def read_recipe(recipe: Path, out: Path, changes: Sequence[str] = ()) -> list[St
         raise ConfigError(f"{recipe}: expected a list of stages", hint="write each stage as `- verb: {setting: value}`")
     stages: dict[str, tuple[str, dict[str, Any]]] = {}
     for item in listed:
-        (key, values), *_ = item.items()
+        ((key, values),) = item.items()
         verb, _, name = str(key).partition(" ")
         name = name or verb
-        if verb not in VERBS or name in stages:
-            problem = (
-                "a stage of that name exists already" if name in stages else f"no such verb{did_you_mean(verb, VERBS)}"
+        if problem := _problem(verb, name, values, stages):
+            raise ConfigError(
+                f"{recipe}: stage {key!r}: {problem}",
+                hint=f"a stage is `verb` or `verb name`, then its settings; verbs are {', '.join(STAGE_VERBS)}",
             )
-            raise ConfigError(f"{recipe}: stage {key!r}: {problem}", hint="a key is `verb` or `verb name`")
         stages[name] = (verb, dict(values or {}))
     _apply(stages, changes)
     folders = {name: out / f"{number:02d}-{name}" for number, name in enumerate(stages, 1)}
     return [_stage(name, verb, values, folders) for name, (verb, values) in stages.items()]
+
+
+def _problem(verb: str, name: str, values: Any, stages: Mapping[str, Any]) -> str:
+    """What is wrong with a stage's key and kind of value, '' if nothing."""
+    if verb not in STAGE_VERBS:
+        return "this verb makes no stage" if verb in VERBS else f"no such verb{did_you_mean(verb, STAGE_VERBS)}"
+    if not STAGE_NAME.fullmatch(name):
+        return f"the name {name!r} is not made of letters, digits, - and _"
+    if name in stages:
+        return "a stage of that name exists already"
+    if not isinstance(values, Mapping | None):
+        return f"got {type(values).__name__} {values!r}, expected a mapping of settings"
+    if "out" in (values or {}):
+        return "`out` is set by the recipe: leave it out, and give --out for the whole run"
+    return ""
 
 
 def _apply(stages: Mapping[str, tuple[str, dict[str, Any]]], changes: Sequence[str]) -> None:
@@ -134,7 +182,7 @@ def _apply(stages: Mapping[str, tuple[str, dict[str, Any]]], changes: Sequence[s
 def _stage(name: str, verb: str, values: dict[str, Any], folders: Mapping[str, Path]) -> Stage:
     needs: list[str] = []
     resolved = {key: _resolve(value, name, folders, needs) for key, value in values.items()}
-    config = config_.build(load_config(verb), {**resolved, "out": str(folders[name])}, where=f"{name}.")
+    config: Any = config_.build(load_config(verb), {**resolved, "out": str(folders[name])}, where=f"{name}.")
     return Stage(
         name=name, verb=verb, folder=folders[name], values=values, config=config, needs=tuple(dict.fromkeys(needs))
     )

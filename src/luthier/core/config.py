@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,15 +25,39 @@ Config = TypeVar("Config")
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file; ConfigError when it is missing or malformed."""
+    """Parse a YAML file; ConfigError when it is missing, malformed or says a key twice."""
     try:
-        return yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file", hint="check the path of the configuration") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not valid YAML", hint="check indentation, colons and quotes there") from error
+        return parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path}: {reason}", hint="check the path of the configuration") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text", hint="save the file as UTF-8") from error
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse YAML text; ConfigError, which begins with `where`, when it is malformed or says a key twice."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{where}{line}: not valid YAML{f' ({problem})' if problem else ''}",
+            hint="check indentation, colons and quotes there",
+        ) from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML asks for unique keys; PyYAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def dump_yaml(mapping: Any) -> str:
@@ -64,11 +89,12 @@ def resolve(cls: type, values: Mapping[str, Any], *, where: str = "") -> dict[st
         if key not in names:
             raise _unknown_key(cls, str(key), names, where)
     return {
-        name: coerce(types_[name], value, f"{where}{name}") for name, value in {**preset(cls, values), **values}.items()
+        name: coerce(types_[name], value, f"{where}{name}")
+        for name, value in {**preset(cls, values, where=where), **values}.items()
     }
 
 
-def preset(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def preset(cls: type, values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
     """The field values of the preset that `values` (or the default) chooses; empty for a class without presets."""
     presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
     if not presets:
@@ -76,10 +102,10 @@ def preset(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     field: str = cls.PRESET_FIELD  # type: ignore[attr-defined]
     default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
     chosen = values.get(field, default)
-    if chosen not in presets:
+    if not isinstance(chosen, str) or chosen not in presets:
         raise ConfigError(
-            f"{field}: got {chosen!r}, expected one of {', '.join(presets)}{did_you_mean(str(chosen), presets)}",
-            hint=f"choose one of the sizes above, or drop `{field}`",
+            f"{where}{field}: got {chosen!r}, expected one of {', '.join(presets)}{did_you_mean(str(chosen), presets)}",
+            hint=f"choose one of these, or drop `{field}`",
         )
     return dict(presets[chosen])
 
@@ -112,7 +138,11 @@ def coerce(expected: Any, value: Any, where: str) -> Any:
         if value in arguments:
             return value
         expects = f"one of {', '.join(map(str, arguments))}{did_you_mean(str(value), arguments)}"
-        raise ConfigError(f"{where}: got {_kind(value)}, expected {expects}", hint="choose one of these")
+        hint = "YAML reads on, off, yes and no as booleans: put quotes around the word"
+        raise ConfigError(
+            f"{where}: got {_kind(value)}, expected {expects}",
+            hint=hint if isinstance(value, bool) else "choose one of these",
+        )
     if origin in (tuple, list):
         return _coerce_sequence(origin, arguments, value, where)
     if origin is dict:
@@ -126,8 +156,21 @@ def coerce(expected: Any, value: Any, where: str) -> Any:
         converted = _coerce_scalar(expected, value)
         if converted is not None:
             return converted
-    name = getattr(expected, "__name__", str(expected))
-    raise ConfigError(f"{where}: got {_kind(value)}, expected {name}", hint=f"give `{where}` a value of that type")
+    raise ConfigError(
+        f"{where}: got {_kind(value)}, expected {type_name(expected)}", hint=f"give `{where}` a value of that type"
+    )
+
+
+def type_name(expected: Any) -> str:
+    """A type as a user would call it: 'int', 'float float', 'one of cosine, linear', 'str …'."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(argument) for argument in arguments if argument is not type(None))
+    if origin in (tuple, list):
+        return " ".join("…" if argument is Ellipsis else type_name(argument) for argument in arguments)
+    return getattr(expected, "__name__", str(expected))
 
 
 def _coerce_scalar(expected: Any, value: Any) -> Any:
@@ -138,9 +181,10 @@ def _coerce_scalar(expected: Any, value: Any) -> Any:
         return None
     if expected is float and isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+        except (ValueError, OverflowError):
             return None
+        return None if math.isnan(number) else number
     if expected is int:
         if isinstance(value, float) and value.is_integer():
             return int(value)
@@ -156,12 +200,15 @@ def _coerce_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     choices = [argument for argument in arguments if argument is not type(None)]
-    for choice in choices[:-1]:
+    if len(choices) == 1:
+        return coerce(choices[0], value, where)
+    for choice in choices:
         try:
             return coerce(choice, value, where)
         except ConfigError:
             continue
-    return coerce(choices[-1], value, where)
+    expects = " or ".join(type_name(choice) for choice in choices)
+    raise ConfigError(f"{where}: got {_kind(value)}, expected {expects}", hint=f"give `{where}` a value of these")
 
 
 def _coerce_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -229,4 +276,6 @@ def override(mapping: dict[str, Any], assignment: str) -> None:
             raise ConfigError(
                 f"{path}: {key!r} is a value, not a section", hint="check the path before the equals sign"
             )
-    mapping[last] = yaml.safe_load(text)
+    if not last:
+        raise ConfigError(f"{assignment!r}: expected key=value", hint="for example --set pretrain.steps=100")
+    mapping[last] = parse_yaml(text, where=path)

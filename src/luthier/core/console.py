@@ -97,7 +97,7 @@ class Console:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Rich(file=self.err, markup=False), transient=True) as bar:
-            task = bar.add_task(label, total=total, completed=done, note="")
+            task = bar.add_task(label, total=total, completed=int(done), note="")
             yield lambda amount=1, *, note="": bar.update(task, advance=amount, note=note)
 
     def _plain_progress(self, total: float, label: str, done: float) -> Advance:
@@ -107,7 +107,7 @@ class Console:
             state["done"] += amount
             if time.monotonic() - state["shown"] > 10 or state["done"] >= total > state["done"] - amount:
                 state["shown"] = time.monotonic()
-                self.status(f"{label} {state['done'] / total:4.0%}  {note}".rstrip())
+                self.status(f"{label} {state['done'] / (total or 1):4.0%}  {note}".rstrip())
 
         return advance
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -54,9 +55,9 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def did_you_mean(word: str, known: object) -> str:
+def did_you_mean(word: str, known: Iterable[object]) -> str:
     """' (did you mean X?)' for the closest of the known words, or ''."""
     import difflib
 
-    matches = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)  # type: ignore[attr-defined]
+    matches = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

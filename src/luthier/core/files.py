@@ -9,11 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from luthier.core.errors import DataError
 
 TEMPORARY = ".partial"  # suffix of everything that a crash may leave behind
+OLD = f".old{TEMPORARY}"  # suffix of a folder that is being replaced
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -58,7 +59,11 @@ def promote_folder(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         path.rename(aside)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        restore_folder(path)
+        raise
     _sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -69,8 +74,16 @@ def restore_folder(path: Path) -> None:
         _aside(path).rename(path)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Clear what a crash left directly inside `folder`: half-written files and folders go, replaced ones come back."""
+    for aside in folder.glob(f".*{OLD}"):
+        restore_folder(aside.with_name(aside.name[1:].removesuffix(OLD)))
+    for leftover in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"step-*{TEMPORARY}")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old{TEMPORARY}")
+    return path.with_name(f".{path.name}{OLD}")
 
 
 def _sync(path: Path) -> None:
@@ -95,7 +108,7 @@ def sha256_file(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; DataError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file", hint="check the path") from error
     except ValueError as error:
@@ -110,16 +123,35 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row; a single write, so that a crash tears at most the last line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one row; a single write, so that a crash tears at most the last line, which the next row replaces."""
+    with path.open("a+b") as file:
+        _close_last_line(file)
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _close_last_line(file: BinaryIO) -> None:
+    """End a last line that has no newline yet, or cut it off where it is torn."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    whole, newline, last = file.read().rpartition(b"\n")
+    try:
+        json.loads(last)
+    except ValueError:
+        file.truncate(len(whole + newline))
+    else:
+        file.write(b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All rows of a JSONL file; a torn last line, which a crash can leave, is ignored."""
     if not path.exists():
         return []
-    rows, lines = [], path.read_text().split("\n")
+    rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

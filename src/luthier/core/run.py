@@ -17,7 +17,17 @@ from typing import IO, Any
 from luthier.core import config as config_
 from luthier.core.env import snapshot
 from luthier.core.errors import ConfigError, DataError
-from luthier.core.files import TEMPORARY, append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from luthier.core.files import (
+    TEMPORARY,
+    append_jsonl,
+    atomic_write,
+    read_json,
+    read_jsonl,
+    remove_leftovers,
+    write_json,
+)
+
+WRITTEN_BY_OPEN = (".lock", "config.yaml", "env.json")
 
 
 class RunFolder:
@@ -36,22 +46,17 @@ class RunFolder:
         """
         run = cls(Path(path))
         run.path.mkdir(parents=True, exist_ok=True)
+        run._check_is_run()
         run._acquire()
-        stored = run.path / "config.yaml"
-        if stored.exists():
-            changes = config_.diff(config_.read_yaml(stored), config, ignore=may_change)
-            if changes:
-                raise ConfigError(
-                    f"{run.path} holds a run with another config: {'; '.join(changes)}",
-                    hint="use the stored settings to resume, choose another --out, or remove the folder",
-                )
-        elif any(entry.name != ".lock" for entry in run.path.iterdir()):
-            raise ConfigError(
-                f"{run.path} is not empty and holds no run", hint="choose another --out, or empty the folder first"
-            )
-        atomic_write(stored, config_.dump_yaml(dict(config)))
-        write_json(run.path / "env.json", snapshot())
-        run._remove_leftovers()
+        try:
+            run._check_same(config, may_change)
+            for folder in (run.path, run.path / "data", run.path / "samples", run.checkpoints):
+                remove_leftovers(folder)
+            atomic_write(run.path / "config.yaml", config_.dump_yaml(dict(config)))
+            write_json(run.path / "env.json", snapshot())
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
@@ -63,18 +68,33 @@ class RunFolder:
             )
         return cls(Path(path))
 
+    def _check_is_run(self) -> None:
+        """Refuse a folder with something else in it, so that nothing of the user's is ever mixed up with a run."""
+        if not (self.path / "config.yaml").exists() and not _is_untouched(self.path):
+            raise ConfigError(
+                f"{self.path} is not empty and holds no run", hint="choose another --out, or empty the folder first"
+            )
+
+    def _check_same(self, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
+        """Refuse another config, unless the folder holds no work yet: then a mistake in the settings can be mended."""
+        if not (self.path / "config.yaml").exists() or _is_untouched(self.path):
+            return
+        changes = config_.diff(self.config, config, ignore=may_change)
+        if changes:
+            raise ConfigError(
+                f"{self.path} holds a run with another config: {'; '.join(changes)}",
+                hint="use the stored settings to resume, choose another --out, or remove the folder",
+            )
+
     def _acquire(self) -> None:
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self.close()
             raise ConfigError(
                 f"{self.path}: another process is writing to this run", hint="wait for it, or choose another --out"
             ) from error
-
-    def _remove_leftovers(self) -> None:
-        for leftover in [*self.path.glob(f".*{TEMPORARY}"), *self.checkpoints.glob(f"*{TEMPORARY}")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def close(self) -> None:
         """Let other processes write to this run."""
@@ -84,8 +104,13 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved settings of the run."""
-        return config_.read_yaml(self.path / "config.yaml")
+        """The resolved settings of the run; DataError when they are damaged."""
+        stored = config_.read_yaml(self.path / "config.yaml")
+        if not isinstance(stored, dict):
+            raise DataError(
+                f"{self.path / 'config.yaml'}: expected a mapping of settings", hint="restore the file from the report"
+            )
+        return stored
 
     @property
     def env(self) -> dict[str, Any]:
@@ -141,3 +166,11 @@ class RunFolder:
         """Remove all but the newest `keep` training states."""
         for step in self.checkpoint_steps()[: -keep or None]:
             shutil.rmtree(self.checkpoint(step))
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether nothing is in a folder but what opening it as a run wrote, or a crash in that left."""
+    return all(
+        _is_untouched(entry) if entry.is_dir() else entry.name in WRITTEN_BY_OPEN or entry.match(f".*{TEMPORARY}")
+        for entry in folder.iterdir()
+    )

@@ -66,9 +66,9 @@ def bootstrap_mean(
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
 ) -> Interval:
-    """Percentile bootstrap of mean(a - b) over pairs measured on the same items."""
-    differences = np.asarray(a, float) - np.asarray(b, float)
-    return bootstrap_mean(differences.tolist(), seed=seed, resamples=resamples, confidence=confidence)
+    """Percentile bootstrap of mean(a - b) over pairs measured on the same items; ValueError for unequal lengths."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return bootstrap_mean(differences, seed=seed, resamples=resamples, confidence=confidence)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

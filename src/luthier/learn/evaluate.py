@@ -56,6 +56,7 @@ def stream_nll(
     starts = list(range(0, max(1, n - context + stride), stride))
     result = torch.zeros(n, dtype=torch.float64, device=who.device)
     share = batch_size * who.world_size
+    was_training = objective.training
     objective.eval()
     for first in range(0, len(starts), share):
         # Ranks without a window repeat the last one unscored: sharded models need every rank in every forward pass.
@@ -75,7 +76,7 @@ def stream_nll(
             if index >= 0 and len(scored):
                 a = starts[index]
                 result[a + scored[0] : a + scored[-1] + 1] = nll[row, scored[0] : scored[-1] + 1]
-    objective.train()
+    objective.train(was_training)
     return who.sum_tensor(result).cpu().numpy()
 
 

@@ -138,6 +138,8 @@ def _pick(logits: Tensor, rows: Sequence[Row], vocabulary: Vocabulary) -> list[i
     """Sample the next token of every row from logits [B, V] and hand it to the row."""
     if bool(logits.isnan().any()):
         raise EndpointError("the model computes NaN logits", hint="its weights or its number format are broken")
+    if logits.device.type == "mps":  # it has no float64, in which tokens are drawn
+        logits = logits.cpu()
     allowed = logits.clone()
     allowed[:, vocabulary.size :] = -torch.inf
 

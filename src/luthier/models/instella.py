@@ -290,7 +290,7 @@ class InstellaModel(InstellaPreTrainedModel):
         elif self.config._attn_implementation == "sdpa" and all(
             given is None for given in (attention_mask, position_ids, past_key_values)
         ):
-            # create_causal_mask has this shortcut too, but cannot take it in compiled code before torch 2.14.
+            # create_causal_mask concludes this too, but in code compiled by older torch versions it builds a mask.
             return None
         return create_causal_mask(
             config=self.config,

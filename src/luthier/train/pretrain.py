@@ -155,12 +155,10 @@ def _choose_attention(model: PreTrainedModel, config: PretrainConfig, low: torch
         model.set_attn_implementation("eager")
 
 
-def _place(
-    model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks
-) -> CausalLoss:
+def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks) -> CausalLoss:
     """Put the model on its device, or shards of it on all; wrap it with its loss."""
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     is_instella = isinstance(model, InstellaForCausalLM)
     objective = CausalLoss(model, plain_head=is_instella or has_plain_head(model))
@@ -225,12 +223,11 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: P
     """What the model writes after each of the prompts, at temperature 0.8 and with fixed seeds."""
     model.eval()
     backend = LocalModel(model, tokenizer)
-    seed = derive_seed(config.seed, "samples")
+    seed, longest = derive_seed(config.seed, "samples"), min(SAMPLE_TOKENS, config.sequence_length // 2)
 
     async def complete() -> list[str]:
         requests = [
-            Request(prompt=prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=seed)
-            for prompt in config.sample_prompts
+            Request(prompt=prompt, max_tokens=longest, temperature=0.8, seed=seed) for prompt in config.sample_prompts
         ]
         replies = await asyncio.gather(*(backend.complete(request) for request in requests))
         await backend.aclose()
