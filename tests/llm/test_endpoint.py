@@ -13,7 +13,6 @@ import pytest
 from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import Endpoint, Request, RequestFailed, json_schema
 from luthier.llm.dialect import sample_seed
-from luthier.llm.endpoint import normalize_url
 
 Result = TypeVar("Result")
 ASK = Request(messages=[{"role": "user", "content": "Hello"}], max_tokens=9)
@@ -153,27 +152,6 @@ def test_raw_completion() -> None:
     assert (completion.text, completion.finish_reason, completion.usage.unreported) == (" world", "length", 1)
     assert server.paths == ["/v1/completions"]
     assert server.bodies[0]["prompt"] == "Hello"
-
-
-def test_chat_logprobs() -> None:
-    token = {"token": "é", "logprob": -0.1, "bytes": [195, 169]}
-    content = [{**token, "top_logprobs": [{"token": "e", "logprob": -3.0}, {"token": "é", "logprob": -0.1}]}]
-    server = FakeServer(lambda body: answer("é", logprobs={"content": content}))
-    (completion,) = server.complete(Request(messages=ASK.messages, logprobs=True, top_logprobs=1))
-    assert completion.logprobs[0].bytes == (195, 169)
-    assert completion.logprobs[0].top == (("é", -0.1),)
-    assert (server.bodies[0]["logprobs"], server.bodies[0]["top_logprobs"]) == (True, 1)
-
-
-def test_missing_logprobs_are_an_error() -> None:
-    with pytest.raises(RequestFailed, match="no log-probabilities"):
-        FakeServer(lambda body: answer("x")).complete(Request(messages=ASK.messages, logprobs=True))
-
-
-def test_hidden_reasoning_is_kept_apart() -> None:
-    message = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
-    (completion,) = FakeServer(lambda body: answer("", message=message)).complete()
-    assert (completion.text, completion.reasoning) == ("4", "2+2")
 
 
 # --- dialects --------------------------------------------------------------------------------------------------------
@@ -361,15 +339,6 @@ def test_a_web_page_is_an_error() -> None:
     assert "/v1" in caught.value.hint
 
 
-def test_refusal_and_tool_calls_are_reported_as_such() -> None:
-    refusal = {"role": "assistant", "content": None, "refusal": "I cannot."}
-    (refused,) = FakeServer(lambda body: answer("", message=refusal)).complete()
-    assert (refused.text, refused.finish_reason) == ("I cannot.", "content_filter")
-    tools = {"role": "assistant", "content": None, "tool_calls": [{}]}
-    (called,) = FakeServer(lambda body: answer("", message=tools, finish_reason="tool_calls")).complete()
-    assert called.finish_reason == "tool_calls"
-
-
 def test_samples_that_succeeded_survive_the_failure_of_another() -> None:
     def reply(body: dict[str, Any]) -> Any:
         return openai_error(400, "bad luck") if body["seed"] == bad_seed else answer("paid")
@@ -466,7 +435,7 @@ def test_score_without_echo_is_an_error() -> None:
         ignores.run(lambda endpoint: endpoint.score("Hello", " world"))
 
 
-# --- streams and addresses -------------------------------------------------------------------------------------------
+# --- streams -------------------------------------------------------------------------------------------------------
 
 
 def sse(*events: Any) -> httpx.Response:
@@ -515,23 +484,3 @@ def test_stream_options_are_dropped_when_refused() -> None:
 def test_a_broken_stream_is_an_error(reply: httpx.Response, named: str) -> None:
     with pytest.raises(RequestFailed, match=named):
         FakeServer(lambda body: reply).run(streamed)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("http://localhost:8000", "http://localhost:8000/v1"),
-        ("http://localhost:8000/", "http://localhost:8000/v1"),
-        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
-        ("http://host/v1/chat/completions", "http://host/v1"),
-        ("http://host/v1/completions", "http://host/v1"),
-        ("https://host/openai/deployments/x", "https://host/openai/deployments/x"),
-    ],
-)
-def test_urls(given: str, expected: str) -> None:
-    assert normalize_url(given) == expected
-
-
-def test_a_url_without_scheme_is_refused() -> None:
-    with pytest.raises(ConfigError, match="localhost:8000"):
-        Endpoint("localhost:8000", "m")

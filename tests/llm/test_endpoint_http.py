@@ -1,4 +1,4 @@
-"""Endpoint over a real socket: what only a network can do wrong."""
+"""Endpoint over a real socket: addresses, and what only a network can do wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from luthier.core.errors import ConfigError
 from luthier.llm import Endpoint, Request, RequestFailed
+from luthier.llm.endpoint import normalize_url
 
 ASK = Request(messages=[{"role": "user", "content": "Hello"}])
 
@@ -172,3 +174,23 @@ def test_a_stream_that_is_cut_is_an_error() -> None:
 
     with serving(cut) as url, pytest.raises(RequestFailed):
         asyncio.run(main(url))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/", "http://localhost:8000/v1"),
+        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
+        ("http://host/v1/chat/completions", "http://host/v1"),
+        ("http://host/v1/completions", "http://host/v1"),
+        ("https://host/openai/deployments/x", "https://host/openai/deployments/x"),
+    ],
+)
+def test_urls(given: str, expected: str) -> None:
+    assert normalize_url(given) == expected
+
+
+def test_a_url_without_scheme_is_refused() -> None:
+    with pytest.raises(ConfigError, match="localhost:8000"):
+        Endpoint("localhost:8000", "m")

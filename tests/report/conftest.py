@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from luthier.core.files import write_json
 from luthier.core.run import RunFolder
 
-STARTED = 1_790_000_000  # a fixed time of last change, so that copies of a run are the same
+STARTED = {"started": "2026-09-21 14:13 UTC", "command": "luthier pretrain --size nano"}  # so that copies are the same
 HOSTILE = '<script>alert("1")</script> & <b>'
 SUMMARY = {
     "verb": "pretrain",
@@ -41,7 +41,7 @@ def make_run() -> Callable[..., Path]:
         if finished:
             run.write_summary(SUMMARY)
         run.close()
-        os.utime(path / "config.yaml", (STARTED, STARTED))
+        write_json(path / "env.json", {**run.env, **STARTED})
         return path
 
     return make

@@ -78,7 +78,7 @@ def test_full_run_shows_every_section(tmp_path: Path, make_run: MakeRun) -> None
         "Environment",
     ):
         assert text in page.text
-    assert "luthier pretrain --config demo/config.yaml" in page.text
+    assert "luthier pretrain --size nano" in page.text
     assert page.tags["svg"] == 6
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from luthier import __version__
+
+if TYPE_CHECKING:
+    from luthier.core.console import Console
 
 
 class Verb(NamedTuple):
@@ -89,28 +93,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str], *, debug: bool) -> int:
     from luthier.core.console import Console
-    from luthier.core.errors import ConfigError, did_you_mean, require
+    from luthier.core.errors import ConfigError, did_you_mean
 
     name = arguments[0]
     if name not in VERBS:
         raise ConfigError(f"{name!r}: no such verb{did_you_mean(name, VERBS)}", hint="luthier --help lists them")
-    verb = VERBS[name]
     from luthier.cli.options import parse
 
     config: Any = parse(load_config(name), [a for a in arguments[1:] if a not in OPTIONS], f"luthier {name}")
+    with _output() as out:
+        console = Console(as_json="--json" in arguments, out=out, err=out)
+        _execute(name, config, console, dry="--dry-run" in arguments)
+    return 0
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[TextIO | None]:
+    """Where a console writes: None (the standard streams) on the first rank, nowhere on the others."""
+    if os.environ.get("RANK", "0") == "0":
+        yield None
+        return
+    with open(os.devnull, "w") as nowhere:
+        yield nowhere
+
+
+def _execute(name: str, config: Any, console: Console, *, dry: bool) -> None:
+    from luthier.core.errors import ConfigError, require
+
+    verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    err = None if int(os.environ.get("RANK", "0")) == 0 else open(os.devnull, "w")  # noqa: SIM115 - lives with us
-    console = Console(as_json="--json" in arguments, out=err, err=err)
-    if "--dry-run" in arguments:
-        if not hasattr(module, "dry_run"):
-            raise ConfigError(f"{name} has no dry run", hint="leave out --dry-run")
-        module.dry_run(config, console)
-        return 0
-    if verb.extra:
+    if dry and not hasattr(module, "dry_run"):
+        raise ConfigError(f"{name} has no dry run", hint="leave out --dry-run")
+    if verb.extra and not dry:
         require("torch", verb.extra)
         require("transformers", verb.extra)
-    module.run(config, console)
-    return 0
+    (module.dry_run if dry else module.run)(config, console)
 
 
 def load_config(verb: str) -> type:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,7 +56,7 @@ class RunFolder:
             for folder in (run.path, run.path / "data", run.path / "samples", run.checkpoints):
                 remove_leftovers(folder)
             atomic_write(run.path / "config.yaml", config_.dump_yaml(dict(config)))
-            write_json(run.path / "env.json", snapshot())
+            write_json(run.path / "env.json", {"started": run.env.get("started", _now()), **_command(), **snapshot()})
         except BaseException:
             run.close()
             raise
@@ -154,10 +157,6 @@ class RunFolder:
         """All stored samples, by step."""
         return [read_json(path) for path in sorted((self.path / "samples").glob("step-*.json"))]
 
-    def checkpoint(self, step: int) -> Path:
-        """Where the training state of a step lives."""
-        return self.checkpoints / f"step-{step:08d}"
-
     def checkpoint_steps(self) -> list[int]:
         """Steps with a whole training state, ascending. Half-written ones carry another name and do not count."""
         return sorted(int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-????????") if path.is_dir())
@@ -165,7 +164,7 @@ class RunFolder:
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the newest `keep` training states."""
         for step in self.checkpoint_steps()[: -keep or None]:
-            shutil.rmtree(self.checkpoint(step))
+            shutil.rmtree(self.checkpoints / f"step-{step:08d}")
 
 
 def _is_untouched(folder: Path) -> bool:
@@ -174,3 +173,11 @@ def _is_untouched(folder: Path) -> bool:
         _is_untouched(entry) if entry.is_dir() else entry.name in WRITTEN_BY_OPEN or entry.match(f".*{TEMPORARY}")
         for entry in folder.iterdir()
     )
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _command() -> dict[str, str]:
+    return {"command": shlex.join(["luthier", *sys.argv[1:]])}

@@ -31,7 +31,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     p = successes / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, min(p, center - half), max(p, center + half), n)
+    return Interval(p, max(0.0, min(p, center - half)), min(1.0, max(p, center + half)), n)  # rounding stays inside
 
 
 def bootstrap_ratio(
@@ -61,6 +61,18 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap of a mean."""
     return bootstrap_ratio(values, np.ones(len(values)).tolist(), seed=seed, resamples=resamples, confidence=confidence)
+
+
+def bootstrap_median(
+    values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
+) -> Interval:
+    """Percentile bootstrap of a median: for timings, where a few stalls must not count."""
+    known = np.asarray(values, float)
+    if known.ndim != 1 or len(known) == 0:
+        raise ValueError(f"bootstrap_median needs a non-empty row, got shape {known.shape}")
+    picks = np.random.Generator(np.random.PCG64(seed)).integers(0, len(known), size=(resamples, len(known)))
+    low, high = np.quantile(np.median(known[picks], 1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(np.median(known)), float(low), float(high), len(known))
 
 
 def paired_difference(

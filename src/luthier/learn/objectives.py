@@ -52,9 +52,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (rows @ weight.T).float()
             log_normalizer = torch.logsumexp(logits, 1, keepdim=True)
             total += (log_normalizer - logits.gather(1, index)).squeeze(1).where(counted, 0).sum()
-            # d nll / d logits = softmax - one-hot
-            slope = logits.sub_(log_normalizer).exp_().scatter_add_(1, index, -torch.ones_like(log_normalizer))
-            slope = slope.mul_(counted[:, None]).to(weight.dtype)
+            # d nll / d logits = softmax - one-hot; an infinite normalizer makes the softmax of an ignored row zero.
+            log_normalizer = log_normalizer.where(counted[:, None], float("inf"))
+            slope = logits.sub_(log_normalizer).exp_().scatter_add_(1, index, -counted[:, None].float())
+            slope = slope.to(weight.dtype)
             torch.mm(slope, weight, out=hidden_gradient[start : start + chunk])
             weight_gradient += slope.T @ rows
         ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))

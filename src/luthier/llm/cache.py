@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from luthier.core.errors import DataError, EndpointError
 from luthier.llm.types import Backend, Completion, Request, RequestFailed, Score, Usage, request_key, score_key
 
 SCHEMA_VERSION = 1
+LOCK_SECONDS = 60.0  # how long to wait for other processes
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY,    -- request_key or score_key
@@ -168,7 +170,7 @@ class _Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = self._guard(lambda: sqlite3.connect(path, timeout=60.0, isolation_level=None))
+        self._db = self._guard(lambda: sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None))
         try:
             self._guard(self._prepare)
         except DataError:
@@ -176,7 +178,7 @@ class _Store:
             raise
 
     def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._enter_wal()
         self._db.execute("PRAGMA synchronous=FULL")  # a reply is paid for: it must survive a power cut too
         self._db.execute(_SCHEMA)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -186,6 +188,18 @@ class _Store:
                 hint="use another file, or the luthier version that wrote it",
             )
         self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _enter_wal(self) -> None:
+        """Switch to write-ahead logging; SQLite refuses at once, ignoring its timeout, while another does the same."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def get(self, key: str) -> dict[str, Any] | None:
         row = self._guard(lambda: self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone())

@@ -6,7 +6,6 @@ import fcntl
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def read(folder: Path) -> Record:
         anchor="run-" + re.sub(r"[^A-Za-z0-9_-]", "-", name),
         verb=str(summary.get("verb") or (stage[1] if stage else "")),
         model=model_name(config),
-        date=last_started(folder),
+        date=str(run.env.get("started", "")),
         state=state,
         status=status,
         config=config,
@@ -134,12 +133,6 @@ def is_being_written(folder: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def last_started(folder: Path) -> str:
-    """When a process last opened the run (it rewrites config.yaml then), in UTC."""
-    moment = datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime, UTC)
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def model_name(config: Any) -> str:

@@ -163,12 +163,12 @@ def _as_text(value: object) -> str:
 
 def reproduce(record: Record) -> str:
     """The command that makes the run again."""
-    if not record.verb:
+    command = record.env.get("command")
+    if not command:
         return ""
     commit = record.env.get("commit")
     source = f'<p class="note">Source commit {html.escape(str(commit))}.</p>' if commit else ""
-    command = f"luthier {record.verb} --config {record.name}/config.yaml"
-    return f"<pre><code>{html.escape(command)}</code></pre>{source}"
+    return f"<pre><code>{html.escape(str(command))}</code></pre>{source}"
 
 
 def config(record: Record) -> str:

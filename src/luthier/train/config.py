@@ -86,7 +86,7 @@ class PretrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes in bf16 over fp32 master weights; auto takes it where this machine multiplies it faster."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block; auto does on CUDA."""
+    """torch.compile each block; auto does on CUDA, and in runs of 500 steps or more where a C++ compiler is found."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
     """Attention kernel; auto takes SDPA, or plain matrix products where these are faster (bf16, CPU, short rows)."""
     document_mask: bool = False

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.cli.run import read_recipe
+from luthier.core.errors import ConfigError
+
+Command = Callable[..., Any]
+RECIPES = Path(__file__).parents[2] / "recipes"
+STAGE_ONE = RECIPES / "instella-3b" / "pretrain-stage1.yaml"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe: Path, tmp_path: Path) -> None:
+    assert read_recipe(recipe, tmp_path)
+    assert recipe.read_text().startswith("#")
+
+
+def test_stages_get_numbers_names_and_folders(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, "- pretrain:\n    size: nano\n- eval small: {model: '@pretrain/model'}\n- eval: {model: m}\n"
+    )
+    stages = read_recipe(recipe, tmp_path / "out")
+    assert [(stage.name, stage.verb, stage.folder.name) for stage in stages] == [
+        ("pretrain", "pretrain", "01-pretrain"),
+        ("small", "eval", "02-small"),
+        ("eval", "eval", "03-eval"),
+    ]
+    assert stages[0].config.out == tmp_path / "out" / "01-pretrain"
+    assert stages[1].config.model == str(tmp_path / "out" / "01-pretrain" / "model")
+    assert [stage.needs for stage in stages] == [(), ("pretrain",), ()]
+
+
+def test_references_work_in_lists_and_are_counted_once(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, "- pretrain: {}\n- pretrain more: {data: ['@pretrain/data', x], tokenizer: '@pretrain/m'}\n"
+    )
+    stage = read_recipe(recipe, tmp_path)[1]
+    assert stage.config.data == (str(tmp_path / "01-pretrain" / "data"), "x")
+    assert stage.needs == ("pretrain",)
+
+
+def test_set_changes_a_setting(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "- pretrain: {size: nano}\n- pretrain two:\n")
+    one, two = read_recipe(recipe, tmp_path, ["pretrain.steps=70", "two.betas=[0.5, 0.6]", "two.learning_rate=1e-3"])
+    assert (one.config.steps, two.config.betas, two.config.learning_rate) == (70, (0.5, 0.6), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("pretrain: {}", "expected a list of stages"),
+        ("- pretrain: {}\n  eval: {}", "expected a list of stages"),
+        ("- pretrian: {}", r"stage 'pretrian': no such verb \(did you mean 'pretrain'\?\)"),
+        ("- chat: {model: m}", "stage 'chat': this verb makes no stage"),
+        ("- pretrain: {}\n- pretrain: {}", "a stage of that name exists already"),
+        ("- pretrain a/b: {}", "the name 'a/b' is not made of"),
+        ("- pretrain: 3", "got int 3, expected a mapping"),
+        ("- pretrain: {out: x}", "`out` is set by the recipe"),
+        ("- pretrain: {stesp: 3}", r"pretrain\.stesp: no such setting \(did you mean 'steps'\?\)"),
+        ("- pretrain: {steps: x}", r"pretrain\.steps: got str 'x', expected int"),
+        ("- pretrain: {size: x}", r"pretrain\.size: got 'x', expected one of nano"),
+        ("- pretrain: {steps: 3, steps: 4}", "'steps' is there twice"),
+        ("- eval: {}", r"eval\.model: required"),
+        ("- eval: {model: '@pretrain/model'}\n- pretrain: {}", "points to 'pretrain', which is no earlier stage"),
+        ("- pretrain: {}\n- eval: {model: '@pretrian/model'}", "did you mean 'pretrain'"),
+    ],
+)
+def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_recipe(write(tmp_path, text), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("steps=3", "'steps=3' is no stage"),
+        ("pretrian.steps=3", "did you mean 'pretrain'"),
+        ("pretrain.steps", "expected key=value"),
+        ("pretrain.stesp=3", "did you mean 'steps'"),
+        ("pretrain.steps=[", "not valid YAML"),
+    ],
+)
+def test_a_bad_set_is_refused(tmp_path: Path, change: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_recipe(write(tmp_path, "- pretrain: {size: nano}"), tmp_path / "out", [change])
+
+
+def test_the_papers_recipe_says_its_size_without_torch() -> None:
+    code = (
+        "import sys; from luthier.cli.main import main\n"
+        f"code = main(['run', {str(STAGE_ONE)!r}, '--dry-run'])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules); raise SystemExit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3,112,675,840" in done.stdout
+    assert "4,064,997,801,984" in done.stdout
+
+
+def test_a_dry_run_writes_nothing_and_gives_one_object(luthier: Command, tmp_path: Path) -> None:
+    outcome = luthier("run", RECIPES / "tour.yaml", "--out", tmp_path / "out", "--dry-run", "--json")
+    assert list(json.loads(outcome.out)["stages"]) == ["pretrain", "eval"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, luthier: Command, text_file: Path) -> tuple[Path, Path]:
+    """A recipe and the folder of its finished run: two evaluations of one stage's model."""
+    folder = tmp_path_factory.mktemp("recipe")
+    settings = (
+        "size: nano, steps: 2, sequence_length: 32, batch_size: 4, vocab_size: 300, warmup_steps: 1, eval_every: 0, "
+        f"sample_prompts: [], precision: fp32, device: cpu, data: ['{text_file}']"
+    )
+    evaluation = "model: '@pretrain/model', data: '@pretrain/data/held-out', compressors: false, device: cpu"
+    recipe = write(folder, f"- pretrain: {{{settings}}}\n- eval: {{{evaluation}}}\n")
+    outcome = luthier("run", recipe, "--out", folder / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert set(result["stages"]) == {"pretrain", "eval"}
+    assert result["stages"]["eval"]["score"]["bits_per_byte"] > 0
+    assert Path(result["report"]).is_file()
+    return recipe, folder / "out"
+
+
+def test_a_finished_run_has_the_results_of_its_stages(done: tuple[Path, Path]) -> None:
+    summary = json.loads((done[1] / "summary.json").read_text())
+    assert summary["verb"] == "run"
+    assert {"pretrain: held-out bits per byte", "eval: perplexity"} <= set(summary["headline"])
+
+
+def test_unchanged_stages_are_skipped(luthier: Command, done: tuple[Path, Path]) -> None:
+    recipe, out = done
+    before = (out / "01-pretrain" / "metrics.jsonl").stat().st_mtime_ns
+    outcome = luthier("run", recipe, "--out", out)
+    assert outcome.code == 0
+    assert outcome.err.count("done before, skipped") == 2
+    assert (out / "01-pretrain" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_stage_that_was_not_finished_runs_again_alone(luthier: Command, done: tuple[Path, Path]) -> None:
+    recipe, out = done
+    (out / "02-eval" / "stage.json").unlink()
+    (out / "02-eval" / "summary.json").unlink()
+    outcome = luthier("run", recipe, "--out", out)
+    assert "== 01-pretrain: done before, skipped\n== 02-eval\n" in outcome.err
+    assert (out / "02-eval" / "summary.json").is_file()
+
+
+def test_a_changed_setting_is_refused_with_the_difference(luthier: Command, done: tuple[Path, Path]) -> None:
+    recipe, out = done
+    outcome = luthier("run", recipe, "--out", out, "--set", "pretrain.steps=3", "eval.batch_size=2")
+    assert outcome.code == 2
+    assert "stages.01-pretrain.pretrain.steps: 2 -> 3" in outcome.error
+    assert "stages.02-eval.eval.batch_size: (absent) -> 2" in outcome.error
