@@ -21,11 +21,25 @@ from luthier.cli.main import main
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = (
-    "the a luthier planes top of violin until it rings tap listens wood spruce maple bow string varnish slow".split()
+    "the",
+    "luthier",
+    "planes",
+    "top",
+    "of",
+    "violin",
+    "until",
+    "it",
+    "rings",
+    "tap",
+    "wood",
+    "spruce",
+    "maple",
+    "bow",
 )
 TINY = [
     *("--size", "nano", "--steps", "4", "--sequence-length", "32", "--batch-size", "4", "--micro-batch-size", "4"),
     *("--vocab-size", "300", "--warmup-steps", "1", "--eval-every", "0", "--precision", "fp32", "--device", "cpu"),
+    *("--compile", "off"),
     "--sample-prompts",
 ]
 

@@ -145,7 +145,7 @@ def test_shards_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -
 
 
 def test_a_context_beyond_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="context: got 49, but .* reads at most 48"):
+    with pytest.raises(ConfigError, match=r"context: got 49, but .* reads at most 48"):
         evaluate(folder, context=49)
 
 

@@ -49,7 +49,7 @@ def test_an_unknown_key_names_itself_and_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"pretrain\.stesp: no such setting \(did you mean 'steps'\?\)") as caught:
         build(Settings, {"data": "x", "stesp": 3}, where="pretrain.")
     assert "learning_rate" in caught.value.hint
-    with pytest.raises(ConfigError, match="qqqqq: no such setting$"):
+    with pytest.raises(ConfigError, match=r"qqqqq: no such setting$"):
         build(Settings, {"data": "x", "qqqqq": 3})
 
 

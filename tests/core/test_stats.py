@@ -84,7 +84,7 @@ def test_pairs_are_compared_item_by_item() -> None:
     interval = paired_difference((noise + 1).tolist(), noise.tolist())
     assert interval.low == pytest.approx(1)
     assert interval.high == pytest.approx(1)
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         paired_difference([1.0, 2.0, 3.0], [1.0])
 
 

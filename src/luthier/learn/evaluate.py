@@ -55,27 +55,21 @@ def stream_nll(
     inputs = np.concatenate([[start_token], tokens[:-1]])
     starts = list(range(0, max(1, n - context + stride), stride))
     result = torch.zeros(n, dtype=torch.float64, device=who.device)
-    share = batch_size * who.world_size
     was_training = objective.training
     objective.eval()
-    for first in range(0, len(starts), share):
-        # Ranks without a window repeat the last one unscored: sharded models need every rank in every forward pass.
-        mine = [first + who.rank * batch_size + i for i in range(batch_size)]
-        mine = [index for index in mine if index < len(starts)] or [-1]
-        ids = np.full((len(mine), context), start_token)
-        targets = np.full((len(mine), context), IGNORED)
-        for row, index in enumerate(mine):
-            a = starts[index]
-            length, new = min(context, n - a), 0 if index == 0 else context - stride
-            ids[row, :length] = inputs[a : a + length]
-            if index >= 0:
-                targets[row, new:length] = tokens[a + new : a + length]
+    for first in range(0, len(starts), batch_size * who.world_size):
+        # Every rank passes a whole batch each time, short ones filled up: sharded models need all ranks in step.
+        ids = np.full((batch_size, context), start_token)
+        targets = np.full((batch_size, context), IGNORED)
+        mine = starts[first + who.rank * batch_size :][:batch_size]
+        for row, start in enumerate(mine):
+            length, seen = min(context, n - start), context - stride if start else 0
+            ids[row, :length] = inputs[start : start + length]
+            targets[row, seen:length] = tokens[start + seen : start + length]
         nll = objective(*(torch.as_tensor(x, device=who.device) for x in (ids, targets)), per_token=True).double()
-        for row, index in enumerate(mine):
-            scored = np.flatnonzero(targets[row] != IGNORED)
-            if index >= 0 and len(scored):
-                a = starts[index]
-                result[a + scored[0] : a + scored[-1] + 1] = nll[row, scored[0] : scored[-1] + 1]
+        for row, start in enumerate(mine):
+            length, seen = min(context, n - start), context - stride if start else 0
+            result[start + seen : start + length] = nll[row, seen:length]
     objective.train(was_training)
     return who.sum_tensor(result).cpu().numpy()
 

@@ -15,7 +15,7 @@ Size = Literal["nano", "tiny", "small", "3b"]
 # Batch and length of the laptop sizes fill two cores; `3b` is the paper's stage 1 (spec table of arXiv 2511.10628).
 _LAPTOP = {"sequence_length": 256, "batch_size": 16, "micro_batch_size": 8, "warmup_steps": 50}
 SIZE_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {**_LAPTOP, "vocab_size": 2048, "learning_rate": 4e-3, "steps": 600},
+    "nano": {**_LAPTOP, "batch_size": 8, "vocab_size": 2048, "learning_rate": 4e-3, "steps": 1500},
     "tiny": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 3e-3, "steps": 1200},
     "small": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 2e-3, "steps": 3000},
     "3b": {
@@ -108,7 +108,7 @@ class PretrainConfig:
     """Steps between held-out evaluations; 0 evaluates only at the end."""
     eval_tokens: int = 32_768
     """Held-out tokens of an evaluation on the way; the last one uses all."""
-    sample_prompts: tuple[str, ...] = ("The ", "Return ", "If ")
+    sample_prompts: tuple[str, ...] = ("The", "Return", "If")
     """Beginnings that the model continues at each evaluation; empty: no samples."""
     stop_after: int = 0
     """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
@@ -122,6 +122,11 @@ class PretrainConfig:
         if self.weights and len(self.weights) != len(self.data):
             raise ConfigError(
                 f"weights: got {len(self.weights)} for {len(self.data)} corpora", hint="give one weight for each corpus"
+            )
+        if self.document_mask and self.model:
+            raise ConfigError(
+                "document_mask: other architectures cannot be told which document a token belongs to",
+                hint="drop document_mask, or pretrain an Instella",
             )
         if self.warmup_steps > self.steps:
             raise ConfigError(

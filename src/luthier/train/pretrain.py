@@ -219,15 +219,16 @@ def evaluate(
     stride: int,
 ) -> dict[str, Any]:
     """Bits per byte of a held-out stream, with contexts of at least `sequence_length - stride` tokens."""
-    nats = stream_nll(
-        objective,
-        stream.tokens,
-        start_token=tokenizer.eos_token_id,
-        context=config.sequence_length,
-        stride=max(1, stride),
-        batch_size=config.micro_batch_size,
-        who=who,
-    )
+    with torch.compiler.set_stance("force_eager"):  # a few forward passes do not win back a compilation
+        nats = stream_nll(
+            objective,
+            stream.tokens,
+            start_token=tokenizer.eos_token_id,
+            context=config.sequence_length,
+            stride=max(1, stride),
+            batch_size=config.micro_batch_size,
+            who=who,
+        )
     return code_length(stream, nats)
 
 
@@ -245,7 +246,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: P
         await backend.aclose()
         return [reply[0].text for reply in replies]
 
-    texts = asyncio.run(complete())
+    with torch.compiler.set_stance("force_eager"):
+        texts = asyncio.run(complete())
     model.train()
     return [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample_prompts, texts, strict=True)]
 
