@@ -1,9 +1,9 @@
 """Training throughput of our loop against the Hugging Face Trainer: same model, windows, batch, optimizer and dtype.
 
 They take turns in one process, round by round, so that a noisy machine disturbs all; the figure is the median ratio
-of a round, with a bootstrap interval over rounds. Each runs as it does by default in a long run (Trainer: eager, autocast,
-SDPA; ours: compiled blocks, bf16 over fp32 masters, chunked cross-entropy, attention kernel by our rule), and each also
-the other way round, compiled or eager. Compilation happens before the timed steps.
+of a round, with a bootstrap interval over rounds. Each runs as it does by default in a long run (Trainer: eager,
+autocast, SDPA; ours: compiled blocks, bf16 over fp32 masters, chunked cross-entropy, attention kernel by our rule), and
+each also the other way round, compiled or eager. Compilation happens before the timed steps.
 
     python benchmarks/pretrain_throughput.py [--rounds 8] [--steps 20] [--dtypes bf16 fp32]
 """

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from luthier.cli.main import VERBS, load_config
 from luthier.core import config as config_
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, did_you_mean, require
-from luthier.core.files import read_json, write_json
+from luthier.core.files import read_json, sha256_file, write_json
 from luthier.core.run import RunFolder
 
 STAGE_VERBS = tuple(name for name, verb in VERBS.items() if verb.stage)
@@ -75,10 +75,12 @@ def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console
     stages = read_recipe(recipe, out, changes)
     described = {"recipe": recipe.name, "stages": {stage.folder.name: {stage.verb: stage.values} for stage in stages}}
     if int(os.environ.get("RANK", "0")):  # under torchrun the first rank alone writes
-        _run_stages(stages, console, mark=False)
+        with _joined():
+            _run_stages(stages, console, mark=False)
         return
     with contextlib.closing(RunFolder.open(out, described)) as folder:
-        _run_stages(stages, console, mark=True)
+        with _joined():
+            _run_stages(stages, console, mark=True)
         results = {stage.name: RunFolder.read(stage.folder).summary for stage in stages}
         folder.write_summary(_summary(results))
         from luthier.report.html import write_report
@@ -88,11 +90,24 @@ def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console
         console.result({"stages": results, "report": str(report)})
 
 
+@contextlib.contextmanager
+def _joined() -> Iterator[None]:
+    """Under torchrun, one process group for all stages."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    from luthier.learn.parallel import ranks
+
+    with ranks():
+        yield
+
+
 def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> None:
     """Run what is not done, and `mark` what was: with the hash of the stage's settings and of the stages it needs."""
     hashes: dict[str, str] = {}
     for stage in stages:
-        hashes[stage.name] = config_.digest([stage.verb, stage.values, [hashes[name] for name in stage.needs]])
+        needed = [hashes[name] for name in stage.needs]
+        hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _files(stage.values)])
         done = stage.folder / "stage.json"
         if done.exists() and read_json(done)["sha256"] == hashes[stage.name]:
             console.status(f"== {stage.folder.name}: done before, skipped")
@@ -101,6 +116,14 @@ def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> Non
         _run_stage(stage, console)
         if mark:
             write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
+
+
+def _files(values: Any) -> dict[str, str]:
+    """SHA-256 of every file that the settings of a stage name."""
+    if isinstance(values, Mapping | list):
+        parts = values.values() if isinstance(values, Mapping) else values
+        return {path: sha256 for part in parts for path, sha256 in _files(part).items()}
+    return {values: sha256_file(Path(values))} if isinstance(values, str) and Path(values).is_file() else {}
 
 
 def _run_stage(stage: Stage, console: Console) -> None:

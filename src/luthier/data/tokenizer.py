@@ -111,7 +111,8 @@ def load_tokenizer(path_or_id: str | Path, *, needs_padding: bool = False) -> Pr
     """
     transformers = require("transformers", "torch")
     path = Path(path_or_id).expanduser()
-    if not path.exists() and (path.is_absolute() or (len(path.parts) > 1 and path.parent.exists())):
+    looks_local = path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2
+    if not path.exists() and (looks_local or (len(path.parts) > 1 and path.parent.exists())):
         raise missing_path(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path if path.exists() else path_or_id))

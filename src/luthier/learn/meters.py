@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from transformers import PreTrainedModel
 
 # Dense bf16 peak in FLOP/s by a part of the device's name; sources: the vendors' data sheets.
 PEAK_FLOPS = {
@@ -54,13 +55,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training_flops_per_token(model: torch.nn.Module, sequence_length: int) -> float:
+def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """6 FLOPs per multiplied parameter and 12·L·d·S for attention scores, for any Hugging Face decoder config.
 
     The same convention as `models.arithmetic`; parameters are counted before sharding.
     """
     config = model.config
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
     tied = model.get_output_embeddings() is None or getattr(config, "tie_word_embeddings", False)
     multiplied = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding)
     return 6 * multiplied + 12 * config.num_hidden_layers * config.hidden_size * sequence_length

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 IGNORED = -100  # a target that does not count
 CHUNK = {"cpu": 256, "cuda": 8192}  # tokens whose logits exist at once: on a CPU they should stay in its cache
@@ -74,7 +75,7 @@ class CausalLoss(nn.Module):
     scaled logits, a biased head) go through their own forward. `plain_head` says which; `has_plain_head` measures it.
     """
 
-    def __init__(self, model: nn.Module, *, plain_head: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, plain_head: bool) -> None:
         super().__init__()
         self.model = model
         self.plain_head = plain_head
@@ -99,7 +100,7 @@ class CausalLoss(nn.Module):
 
 
 @torch.no_grad()
-def has_plain_head(model: nn.Module) -> bool:
+def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether the model's logits are its last hidden states times the output embedding, seen on a probe input."""
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:

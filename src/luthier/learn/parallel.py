@@ -53,7 +53,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks of this launch. Under torchrun it joins the process group, and leaves it at the end."""
+    """The ranks of this launch. Under torchrun the outermost one joins the process group and leaves it."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: got {device!r}, but torch sees no CUDA device", hint="use --device cpu or auto")
@@ -63,11 +63,14 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    outermost = not dist.is_initialized()  # a second joining would wait for the addresses of the first
+    if outermost:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
-        dist.destroy_process_group()
+        if outermost:
+            dist.destroy_process_group()
 
 
 def make_mesh(who: Ranks, shard_size: int = 0) -> DeviceMesh:
@@ -96,5 +99,5 @@ def shard(objective: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, l
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a Hugging Face decoder: the longest ModuleList in it."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])

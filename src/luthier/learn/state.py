@@ -6,8 +6,10 @@ is written under a temporary name and renamed when whole, so a crash while savin
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from luthier.core.errors import CheckpointError
 from luthier.core.files import TEMPORARY, promote_folder, read_json, write_json
@@ -70,7 +73,7 @@ def save_state(state: TrainState, folder: Path, who: Ranks) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     who.barrier()
-    with _quiet_dcp():
+    with _quiet_dcp(), _first_failure():
         dcp.save({**state.tensors(), "rng": _rng()}, checkpoint_id=partial, no_dist=who.world_size == 1)
     if who.is_main:
         write_json(partial / "state.json", state.counters())
@@ -86,7 +89,7 @@ def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
     try:
         counters = read_json(folder / "state.json")
         values = {**state.tensors(), "rng": _rng()}
-        with _quiet_dcp():
+        with _quiet_dcp(), _first_failure():
             dcp.load(values, checkpoint_id=folder, no_dist=who.world_size == 1)
     except Exception as error:  # DCP raises many kinds, some of them wrapped
         raise CheckpointError(
@@ -108,6 +111,18 @@ def _rng() -> dict[str, Tensor]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise the error at the bottom: DCP wraps it in an exception that is no `Exception`, so nobody would catch it."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        error: BaseException = next(iter(wrapped.failures.values()))[0]
+        while error.__context__ is not None:  # a full disk, say, under the complaint about a half-written archive
+            error = error.__context__
+        raise error from wrapped
 
 
 class _quiet_dcp(warnings.catch_warnings):

@@ -117,6 +117,8 @@ class PretrainConfig:
         _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every", "eval_tokens")
         _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "epsilon", "vocab_size")
         _check_fraction(self, "held_out", "final_fraction")
+        if self.held_out in (0, 1):
+            raise ConfigError(f"held_out: got {self.held_out}, which leaves one part empty", hint="for example 0.1")
         if not self.data:
             raise ConfigError("data: got no corpus, expected at least one", hint="for example data: [python-prose]")
         if self.weights and len(self.weights) != len(self.data):
@@ -148,11 +150,11 @@ class PretrainConfig:
 
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # so that NaN is caught too
             raise ConfigError(f"{name}: got {getattr(config, name)}, expected more than 0", hint=f"raise {name}")
 
 
 def _check_fraction(config: object, *names: str) -> None:
     for name in names:
-        if not 0 <= getattr(config, name) < 1:
+        if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}: got {getattr(config, name)}, expected 0 to 1", hint="for example 0.1")

@@ -26,7 +26,7 @@ def dimensions(config: PretrainConfig) -> Dimensions:
             f"model: {config.model!r} is another architecture, whose size is known only once it is built",
             hint="drop --dry-run, or plan with one of the sizes",
         )
-    return Dimensions(vocab_size=config.vocab_size, **size_table(config.size))
+    return Dimensions(vocab_size=config.vocab_size, **size_table(config.size))  # type: ignore[arg-type]
 
 
 def plan_rows(config: PretrainConfig) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from luthier.core.errors import ConfigError
+from luthier.core.files import atomic_folder
 from luthier.data.shards import TokenShards, write_shards
 from luthier.data.sources import TextSource, split
 from luthier.data.tokenizer import load_tokenizer, tokenizer_digest, train_bpe
@@ -44,7 +45,9 @@ def prepare_text(
         tokenizer = load_tokenizer(kept_tokenizer)
     if tokenizer is None:
         tokenizer = train_bpe((document for training, _ in parts for document in training.documents), vocab_size)
-    tokenizer.save_pretrained(kept_tokenizer)
+    if not (kept_tokenizer / "tokenizer.json").exists():
+        with atomic_folder(kept_tokenizer) as partial:
+            tokenizer.save_pretrained(partial)
     for index, (training, _) in enumerate(parts):
         _write(training, tokenizer, folder / f"train-{index}")
     _write(_joined([rest for _, rest in parts]), tokenizer, folder / "held-out")

@@ -182,7 +182,7 @@ def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | No
         objective.to(who.device)
         return objective
     shard(objective, blocks, make_mesh(who, config.shard_size), low)
-    if is_instella:
+    if isinstance(model, InstellaForCausalLM):
         objective.to_empty(device=who.device)
         initialize(model, derive_seed(config.seed, "initial weights"))
     else:
@@ -257,4 +257,5 @@ def gather_weights(objective: CausalLoss, weights: Weights, who: Ranks) -> dict[
     if who.world_size == 1:
         return {name.removeprefix("model."): p.detach() for name, p in weights.masters.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {k.removeprefix("model."): v for k, v in get_model_state_dict(objective, options=options).items()}
+    gathered = get_model_state_dict(objective, options=options)
+    return {name.removeprefix("model."): w for name, w in gathered.items() if isinstance(w, torch.Tensor)}
