@@ -30,6 +30,16 @@ def test_small_updates_reach_the_masters_and_then_the_model():
     assert abs(float(module.weight.detach()) - 0.99) < 4e-3
 
 
+def test_restore_gives_the_module_its_exact_masters():
+    module = nn.Linear(3, 2)
+    weights = Weights(module, torch.bfloat16)
+    weights.masters["weight"].data += 1e-5
+    expected = weights.masters["weight"].detach().clone()
+    weights.restore()
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight, expected)
+
+
 def test_without_a_low_dtype_the_module_holds_the_masters():
     module = nn.Linear(2, 2)
     weights = Weights(module)

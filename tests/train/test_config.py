@@ -41,7 +41,7 @@ def test_3b_is_stage_one_of_the_paper() -> None:
         ({"batch_size": -2}, "batch_size: got -2"),
         ({"held_out": 1}, "held_out: got 1.0, which leaves one part empty"),
         ({"held_out": 1.5}, "held_out: got 1.5, expected 0 to 1"),
-        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate: got float nan"),
         ({"data": []}, "data: got no corpus"),
         ({"data": ["a", "b"], "weights": [1]}, "weights: got 1 for 2 corpora"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps: got 6, more than the 5 steps"),

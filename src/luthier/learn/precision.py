@@ -35,6 +35,12 @@ class Weights:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 copy.grad = None
 
+    def restore(self) -> None:
+        """Put the masters themselves into the module, which is then fp32: to measure and save what was learned."""
+        for master, copy in self._copies:
+            copy.data = master.data
+        self._copies = []
+
     @torch.no_grad()
     def publish(self) -> None:
         """Give the model the current masters, rounded."""

@@ -125,6 +125,7 @@ def pretrain(
         sample=partial(sample, model, tokenizer, config) if who.world_size == 1 and config.sample_prompts else None,
     )
     finished = train(job, _loop_settings(config), who, console)
+    weights.restore()
     final = score(held_out, stride=config.sequence_length // 2) if finished else {}
     return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
 
