@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.learn.evaluate import TokenStream, code_length, stream_nll
+from luthier.learn.evaluate import TokenStream, code_length, interval_text, stream_nll
 from luthier.learn.objectives import CausalLoss
 from luthier.learn.parallel import Ranks
 
@@ -69,6 +69,12 @@ def test_bits_per_byte_by_hand():
     assert score["low"] == pytest.approx(2 / 4)  # both resampled documents are the short one
     assert score["high"] == pytest.approx(3 / 4)
     assert (score["documents"], score["bytes"], score["scored_tokens"]) == (2, 8, 5)
+
+
+def test_one_document_has_no_interval():
+    score = code_length(TokenStream(tokens=np.arange(3), starts=np.array([0]), num_bytes=np.array([6])), np.ones(3))
+    assert "low" not in score
+    assert interval_text(score) == "—"
 
 
 def test_head_keeps_whole_documents_and_at_least_one():

@@ -14,6 +14,7 @@ from luthier.models.arithmetic import (
     attention_flops_per_token,
     block_shapes,
     dense_flops_per_token,
+    extended_rope_theta,
     kv_cache_bytes_per_token,
     num_parameters,
     num_tensors,
@@ -96,3 +97,24 @@ def test_arithmetic_needs_neither_torch_nor_transformers() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "new_length", "theta"),
+    [
+        (4096, 65_536, 514_640.3),
+        (4096, 262_144, 3_691_949.2),
+        (4096, 8192, 26_784),
+        (4096, 16_384, 71_738),
+        (4096, 32_768, 192_144),
+        (4096, 131_072, 1_378_414),
+        (128, 256, 83_149),
+        (128, 512, 691_374),
+        (256, 1024, 313_145),
+        (256, 2048, 1_752_339),
+    ],
+)
+def test_rope_base_law(length: int, new_length: int, theta: float) -> None:
+    assert extended_rope_theta(10_000, length, new_length) == pytest.approx(theta, abs=0.6)
+    halfway = extended_rope_theta(10_000, length, 2 * length)
+    assert extended_rope_theta(halfway, 2 * length, new_length) == pytest.approx(theta, abs=0.6)

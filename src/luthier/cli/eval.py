@@ -96,8 +96,10 @@ def _open_run(config: EvalConfig, *, is_main: bool) -> Iterator[RunFolder | None
 
 
 def _summary(score: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    from luthier.learn.evaluate import interval_text
+
     headline = {
-        "bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+        "bits per byte": f"{score['bits_per_byte']:.3f} {interval_text(score)}",
         "perplexity": f"{math.exp(score['loss']):.2f} per token",
     }
     return {"verb": "eval", "headline": headline, "tables": [table], "score": score}
@@ -172,7 +174,9 @@ def _score(
 
 def _model_row(name: str, score: dict[str, Any], *, conditional: bool) -> list[str]:
     value = f"{score['bits_per_byte']:.3f}"
-    interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
+    from luthier.learn.evaluate import interval_text
+
+    interval = interval_text(score)
     return [Path(name).name, "—" if conditional else value, interval, value if conditional else "—"]
 
 

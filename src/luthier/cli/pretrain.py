@@ -138,11 +138,13 @@ def _finish(config: PretrainConfig, run: RunFolder, corpus: Corpus, outcome: Pre
 
 
 def _summary(config: PretrainConfig, outcome: Pretrained) -> dict[str, Any]:
+    from luthier.learn.evaluate import interval_text
+
     score, state = outcome.held_out, outcome.state
     return {
         "verb": "pretrain",
         "headline": {
-            "held-out bits per byte": f"{score['bits_per_byte']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+            "held-out bits per byte": f"{score['bits_per_byte']:.3f} {interval_text(score)}",
             "held-out loss": f"{score['loss']:.3f} nats/token",
             "parameters": f"{sum(w.numel() for w in outcome.state_dict.values()):,}",
             "trained on": f"{state.tokens:,} tokens",

@@ -111,6 +111,8 @@ def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> Non
         done = stage.folder / "stage.json"
         if done.exists() and read_json(done)["sha256"] == hashes[stage.name]:
             console.status(f"== {stage.folder.name}: done before, skipped")
+            for table in RunFolder.read(stage.folder).summary.get("tables", []):
+                console.table(**table)
             continue
         console.status(f"== {stage.folder.name}")
         _run_stage(stage, console)

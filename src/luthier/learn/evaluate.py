@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,18 +76,25 @@ def stream_nll(
 
 
 def code_length(stream: TokenStream, nats: NDArray[np.float64]) -> dict[str, Any]:
-    """Loss (nats per token), bits per byte with a bootstrap interval over documents, and the totals behind them."""
-    per_document = np.add.reduceat(nats, stream.starts)
-    interval = bits_per_byte_interval(per_document, stream.num_bytes)
+    """Loss (nats per token), bits per byte with a bootstrap interval over documents, and the totals behind them.
+
+    A single document has no interval: `low` and `high` are left out.
+    """
+    interval = bits_per_byte_interval(np.add.reduceat(nats, stream.starts), stream.num_bytes)
+    bounds = {"low": interval.low, "high": interval.high} if interval.n > 1 else {}
     return {
         "loss": float(nats.mean()),
         "bits_per_byte": interval.value,
-        "low": interval.low,
-        "high": interval.high,
+        **bounds,
         "documents": interval.n,
         "scored_tokens": len(nats),
         "bytes": int(stream.num_bytes.sum()),
     }
+
+
+def interval_text(score: Mapping[str, Any]) -> str:
+    """'[1.689, 1.849]' of a `code_length`, or a dash where there is no interval."""
+    return f"[{score['low']:.3f}, {score['high']:.3f}]" if "low" in score else "—"
 
 
 def bits_per_byte_interval(nats: NDArray[np.float64], num_bytes: NDArray[np.int64]) -> Interval:

@@ -7,7 +7,7 @@ anchors of the tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import log, prod, tau
 
 from luthier.core.errors import ConfigError, did_you_mean
 
@@ -107,6 +107,15 @@ def num_parameters(dimensions: Dimensions) -> int:
 def num_tensors(dimensions: Dimensions) -> int:
     """Number of stored tensors: 11 per block, the final norm and the embedding matrices."""
     return len(tensor_shapes(dimensions))
+
+
+def extended_rope_theta(theta: float, length: int, new_length: int) -> float:
+    """The RoPE base for a longer context: theta ** (ln(T' / 2π) / ln(T / 2π)), arXiv 2511.10628 (long context).
+
+    The frequency pair whose wavelength equals the context length (in tokens) stays the same one. Chaining two
+    extensions equals one.
+    """
+    return theta ** (log(new_length / tau) / log(length / tau))
 
 
 def kv_cache_bytes_per_token(dimensions: Dimensions, bytes_per_value: int = 2) -> int:
