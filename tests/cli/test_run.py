@@ -139,7 +139,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, luthier: Command, text_file: 
 def test_a_finished_run_has_the_results_of_its_stages(done: tuple[Path, Path]) -> None:
     summary = json.loads((done[1] / "summary.json").read_text())
     assert summary["verb"] == "run"
-    assert {"pretrain: held-out bits per byte", "eval: perplexity"} <= set(summary["headline"])
+    assert set(summary["headline"]) == {"pretrain: held-out bits per byte", "eval: bits per byte"}
+    assert [table["columns"][1] for table in summary["tables"]] == ["bits/byte"]
 
 
 def test_unchanged_stages_are_skipped(luthier: Command, done: tuple[Path, Path]) -> None:

@@ -149,12 +149,13 @@ class StageConsole(Console):
 
 
 def _summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The first headline figure of each stage, and all tables."""
     headline = {
         f"{name}: {key}": value
         for name, summary in results.items()
-        for key, value in summary.get("headline", {}).items()
+        for key, value in list(summary.get("headline", {}).items())[:1]
     }
-    return {"verb": "run", "headline": headline, "tables": []}
+    return {"verb": "run", "headline": headline, "tables": [t for s in results.values() for t in s.get("tables", [])]}
 
 
 def read_recipe(recipe: Path, out: Path, changes: Sequence[str] = ()) -> list[Stage]:
