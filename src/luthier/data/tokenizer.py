@@ -89,7 +89,7 @@ def train_bpe(
     if (reached := backend.get_vocab_size()) < vocab_size:
         raise DataError(
             f"the text supports a vocabulary of {reached} tokens, not {vocab_size}: nothing is left to merge",
-            hint=f"ask for at most {reached}, or give more text",
+            hint=f"set vocab_size to at most {reached}, or give more text",
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -42,12 +42,16 @@ def plan_rows(config: PretrainConfig) -> list[tuple[str, str]]:
         ("training FLOPs per token", f"{dense + attention:.3g} ({dense:.3g} dense + {attention:.3g} attention)"),
         ("training FLOPs", f"{tokens * (dense + attention):.3g}"),
         ("weights in bf16", f"{num_parameters(size) * 2 / 2**30:.2f} GiB"),
-        (
-            "weights, gradients and moments",
-            f"{num_parameters(size) * BYTES_PER_PARAMETER / 2**30:.2f} GiB over all ranks",
-        ),
+        ("weights, gradients and moments", _state_text(num_parameters(size) * BYTES_PER_PARAMETER, config.shard_size)),
         ("activations of a micro-batch", f"about {activation_bytes(config, size) / 2**30:.2f} GiB per rank"),
     ]
+
+
+def _state_text(num_bytes: int, shard_size: int) -> str:
+    whole = f"{num_bytes / 2**30:.2f} GiB"
+    if shard_size == 0:
+        return f"{whole}, divided among all ranks"
+    return f"{whole}, {num_bytes / shard_size / 2**30:.2f} GiB on each of {shard_size} ranks"
 
 
 def activation_bytes(config: PretrainConfig, size: Dimensions) -> int:
