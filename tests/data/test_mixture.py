@@ -118,6 +118,11 @@ def test_a_rare_corpus_is_never_rounded_away() -> None:
     assert mixture.counts(1_000_000)[1] in (9, 10, 11)
 
 
+def test_a_corpus_too_rare_for_a_block_in_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"b: 1\.0e-09"):
+        WindowMixture([corpus("a", 50), corpus("b", 9)], [1, 1e-9], sequence_length=LENGTH, batch_size=4)
+
+
 def test_resume_is_the_same_run_on_any_world_size() -> None:
     def make() -> WindowMixture:
         shards = [corpus("a", 30), corpus("b", 17, 10_000)]

@@ -215,3 +215,14 @@ def test_paid_replies_survive_kill_9(tmp_path: Path) -> None:
 
     assert asyncio.run(main()) == [f"paid {i}" for i in range(5)]
     assert inner.requests == []
+
+
+def test_half_a_surrogate_pair_is_stored(tmp_path: Path) -> None:
+    async def main() -> list[str]:
+        backend = CachedBackend(ScriptedBackend(["cut \ud83d"]), tmp_path / "cache.sqlite")
+        try:
+            return [texts(await backend.complete(Request(prompt="x")))[0] for _ in range(2)]
+        finally:
+            await backend.aclose()
+
+    assert asyncio.run(main()) == ["cut \ud83d"] * 2

@@ -464,6 +464,13 @@ def test_stream_yields_pieces_and_counts_usage() -> None:
     assert server.bodies[0]["stream"] is True
 
 
+def test_line_separators_inside_a_piece_do_not_end_its_line() -> None:
+    text = "a\u2028b\x85c\u2029"
+    event = f"data: {json.dumps(delta(text, 'stop'), ensure_ascii=False)}\r\n\r\ndata: [DONE]"
+    reply = httpx.Response(200, content=event.encode(), headers={"content-type": "text/event-stream"})
+    assert FakeServer(lambda body: reply).run(streamed) == [text]
+
+
 def test_stream_options_are_dropped_when_refused() -> None:
     def reply(body: dict[str, Any]) -> Any:
         refused = openai_error(400, "Unknown parameter: 'stream_options'", param="stream_options")
@@ -476,6 +483,8 @@ def test_stream_options_are_dropped_when_refused() -> None:
     ("reply", "named"),
     [
         (sse(delta("Hel")), "broke off"),
+        (sse("{bro"), "streamed '{bro'"),
+        (sse("[1]"), "not a JSON object"),
         (sse(delta("Hel"), {"error": {"message": "out of memory"}}), "out of memory"),
         (openai_error(401, "who?"), "401: who"),
         (httpx.Response(200, json={"error": {"message": "upstream died", "code": 400}}), "upstream died"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from luthier.core.errors import ConfigError
@@ -66,7 +68,7 @@ async def never(seconds: float) -> None:
 
 def complete(url: str, sleep: Callable[[float], Awaitable[None]] = immediately, **options: Any) -> str:
     async def main() -> str:
-        endpoint = Endpoint(url, "m", api_key="", sleep=sleep, **options)
+        endpoint = Endpoint(url, "m", sleep=sleep, **{"api_key": "", **options})
         try:
             return (await endpoint.complete(ASK))[0].text
         finally:
@@ -78,6 +80,39 @@ def complete(url: str, sleep: Callable[[float], Awaitable[None]] = immediately, 
 def test_a_plain_call() -> None:
     with serving(lambda handler: send_json(handler, "Hi")) as url:
         assert complete(url) == "Hi"
+
+
+def test_a_key_from_a_file_may_end_with_a_newline() -> None:
+    keys: list[str | None] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        keys.append(handler.headers["Authorization"])
+        send_json(handler, "x")
+
+    with serving(answer) as url:
+        complete(url, api_key="sk-1\n")
+    assert keys == ["Bearer sk-1"]
+    with pytest.raises(ConfigError, match="characters that no key has"):
+        Endpoint("http://server", "m", api_key="sk-\u2026")
+
+
+def test_a_body_that_cannot_be_decoded_is_an_error() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.end_headers()
+        handler.wfile.write(b"not gzip")
+
+    with serving(answer) as url, pytest.raises(RequestFailed, match="sent what cannot be read"):
+        complete(url, max_retries=0)
+
+
+def test_a_failure_without_words_is_named_by_its_type() -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadError("")
+
+    with pytest.raises(RequestFailed, match="ReadError"):
+        complete("http://server", transport=httpx.MockTransport(fail))
 
 
 def test_connection_refused_fails_at_once_and_asks_whether_the_server_runs() -> None:
@@ -191,6 +226,7 @@ def test_urls(given: str, expected: str) -> None:
     assert normalize_url(given) == expected
 
 
-def test_a_url_without_scheme_is_refused() -> None:
-    with pytest.raises(ConfigError, match="localhost:8000"):
-        Endpoint("localhost:8000", "m")
+@pytest.mark.parametrize("given", ["localhost:8000", "http://", "http:///v1", "http://[::1", "ftp://host/v1"])
+def test_what_is_no_url_of_a_server_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(given))):
+        Endpoint(given, "m")

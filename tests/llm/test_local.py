@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import Completion, LocalModel, Request, generation
@@ -57,6 +69,49 @@ def test_padding_does_not_shift_absolute_positions(tokenizer: PreTrainedTokenize
     network = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **shape)).eval()
     alone = [complete(LocalModel(network, tokenizer, max_batch_size=1), [request])[0] for request in MIXED]
     assert sampled(complete(LocalModel(network, tokenizer), MIXED)) == sampled(alone)
+
+
+TINY = {"vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+HYBRID = {"layer_types": ["conv", "full_attention"], "intermediate_size": 64, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config", [Lfm2Config(**TINY, **HYBRID, num_key_value_heads=2), MambaConfig(**TINY)], ids=["lfm2", "mamba"]
+)
+def test_recurrent_states_follow_their_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    alone = [complete(LocalModel(network, tokenizer, max_batch_size=1), [request])[0] for request in MIXED]
+    assert sampled(complete(LocalModel(network, tokenizer), MIXED)) == sampled(alone)
+
+    greedy = Request(prompt="hello world", max_tokens=6, temperature=0, logprobs=True)
+    (answer,) = complete(LocalModel(network, tokenizer), [greedy])[0]
+    tokens = answer.logprobs or ()
+    ids = torch.tensor([*tokenizer("hello world")["input_ids"], *(token.token_id for token in tokens)])
+    with torch.no_grad():
+        table = network(ids[None], use_cache=False).logits[0, -len(tokens) - 1 : -1].log_softmax(dim=-1)
+    expected = table.gather(1, ids[-len(tokens) :, None])[:, 0]
+    assert [token.logprob for token in tokens] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_model_whose_state_cannot_be_batched_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    local = LocalModel(RwkvForCausalLM(config).eval(), tokenizer)
+    with pytest.raises(EndpointError, match="RwkvForCausalLM keeps its state"):
+        complete(local, [MIXED[1]])
+
+
+def test_ids_after_a_gap_can_be_drawn(network: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """len(tokenizer) is 3 here, but the highest id is 5."""
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "a": 2, "b": 5}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+    def favoring_b(*arguments: Any) -> torch.Tensor:
+        return torch.zeros(len(arguments[1]), 1, network.config.vocab_size).index_fill(2, torch.tensor(5), 50.0)
+
+    monkeypatch.setattr(generation, "_forward", favoring_b)
+    (answer,) = complete(LocalModel(network, tokenizer), [Request(prompt="a", max_tokens=2, temperature=0)])[0]
+    assert answer.text.split() == ["b", "b"]
 
 
 def test_greedy_equals_the_transformers_loop(
@@ -211,6 +266,19 @@ def test_stop_strings_over_multibyte_characters(
     assert dictate(local, network, tokenizer, monkeypatch, "né 中文 end", stop=["文"]).text == "né 中"
 
 
+def test_a_stop_string_may_begin_with_the_answers_first_space() -> None:
+    """SentencePiece decoders drop the first space of what they are given."""
+    words = ["Say:", " the", " end"]
+    vocabulary = generation.Vocabulary(
+        size=3, end_ids=frozenset(), decode=lambda ids: "".join(words[i] for i in ids).removeprefix(" ")
+    )
+    row = generation.Row(
+        prompt=[0], max_tokens=9, temperature=0, top_k=0, top_p=1, stop=(" the",), seed=0, top_logprobs=None
+    )
+    row.accept(1, None, vocabulary)
+    assert (row.text, row.finish_reason) == ("", "stop")
+
+
 def test_max_tokens_ends_with_length(local: Make) -> None:
     (completion,) = complete(local(), [MIXED[0]])[0]
     assert (completion.finish_reason, completion.usage.completion_tokens) == ("length", 12)
@@ -229,6 +297,17 @@ def test_rows_beyond_the_tokenizer_are_never_drawn(
     for completion in complete(local(), [request])[0]:
         assert completion.logprobs is not None
         assert all(token.token_id < len(tokenizer) for token in completion.logprobs)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_noticed(network: LlamaForCausalLM) -> None:
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 1000}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    request = Request(prompt="a", max_tokens=2, temperature=0, logprobs=True, top_logprobs=999)
+    (answer,) = complete(LocalModel(network, tokenizer), [request])[0]
+    assert answer.logprobs is not None
+    assert all(len(token.top) == network.config.vocab_size for token in answer.logprobs)
+    with pytest.raises(EndpointError, match=r"gives id 1000, but .* has embeddings for 290 ids"):
+        complete(LocalModel(network, tokenizer), [Request(prompt="b", max_tokens=2)])
 
 
 def test_nan_is_an_error_for_everyone_in_the_batch_and_the_next_call_works(

@@ -99,3 +99,9 @@ def test_every_form_of_error_is_read(text: str, message: str, param: str | None)
 def test_stream_lines_that_are_not_data_are_skipped() -> None:
     assert [read_event(line) for line in ("", ": ping", "event: x", "id: 3")] == [None] * 4
     assert read_event("data:[DONE]").finished  # type: ignore[union-attr]
+
+
+def test_content_in_parts_is_their_text() -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    choice = {"message": {"role": "assistant", "content": parts}, "finish_reason": "stop", "index": None}
+    assert read(choice).text == "ab"

@@ -127,5 +127,11 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path, name: str) -> None
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_file_without_named_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        convert_to_hf(tmp_path / "model.pt", tmp_path / "hf", CONFIG)
+
+
 def test_shards_keep_order_and_limit() -> None:
     assert plan_shards({"a": 4, "b": 4, "c": 9, "d": 1}, limit=8) == [["a", "b"], ["c"], ["d"]]

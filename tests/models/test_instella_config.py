@@ -76,13 +76,13 @@ def test_scaled_rope_survives_both_forms(tmp_path: Path) -> None:
         assert (again["rope_type"], again["factor"], again["rope_theta"]) == ("linear", 2.0, 10000.0)
 
 
-def test_sized_config_takes_vocabulary_and_special_tokens_from_the_tokenizer() -> None:
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "a": 2}, unk_token="<pad>"))
+def test_sized_config_takes_highest_id_and_special_tokens_from_the_tokenizer() -> None:
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "a": 4}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", bos_token="<end>"
     )
     config = sized_config("tiny", tokenizer, max_position_embeddings=256)
-    assert (config.vocab_size, config.pad_token_id, config.eos_token_id, config.bos_token_id) == (3, 0, 1, 1)
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id, config.bos_token_id) == (5, 0, 1, 1)
     assert (config.hidden_size, config.max_position_embeddings) == (SIZES["tiny"]["hidden_size"], 256)
 
 

@@ -133,6 +133,9 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
         load_pretrained("./absent")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": "two"}')
+    with pytest.raises(CheckpointError, match=r"cannot be loaded.*'num_hidden_layers' expected int"):
+        load_pretrained(tmp_path)
 
 
 def test_another_architecture_loads_and_saves(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

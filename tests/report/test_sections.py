@@ -50,8 +50,17 @@ def test_every_other_number_gets_a_figure(tmp_path: Path, make_run: MakeRun) -> 
     run = RunFolder.read(make_run(tmp_path / "demo", rows=0))
     for step in (1, 2):
         run.log("train", step=step, loss=1.0, **{"rewards/margins": step / 2})
-        run.log("probe", step=step, accuracy=0.5)
+        run.log("probe", step=step, accuracy=step / 4)
     text = other_measurements(read(run.path))
     assert "rewards/margins" in text
     assert "accuracy (probe)" in text
     assert text.count("<svg") == 2
+
+
+def test_a_number_that_never_changed_is_stated_and_not_drawn(tmp_path: Path, make_run: MakeRun) -> None:
+    run = RunFolder.read(make_run(tmp_path / "demo", rows=0))
+    for step in (1, 2):
+        run.log("eval", step=step, bits_per_byte=2.0, bytes=4000)
+    text = other_measurements(read(run.path))
+    assert "bytes (eval) 4,000" in text
+    assert "<svg" not in text

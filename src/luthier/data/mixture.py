@@ -31,6 +31,7 @@ from luthier.data.shards import TokenShards
 
 STATE_VERSION = 1
 MIN_BLOCK = 1024  # samples among which the corpora are shuffled
+SMALLEST_SHARE = 1e-6  # of a corpus: a block, which is held in memory, is as long as two of its samples are apart
 
 
 class WindowMixture:
@@ -70,6 +71,12 @@ class WindowMixture:
         self.shards, self.sequence_length, self.batch_size, self.seed = tuple(shards), sequence_length, batch_size, seed
         total = sum(map(Fraction, weights))
         self.weights = tuple(Fraction(weight) / total for weight in weights)
+        if (share := min(self.weights)) < SMALLEST_SHARE:
+            name = self.shards[self.weights.index(share)].name
+            raise ConfigError(
+                f"{name}: {float(share):.1e} of all sequences, expected at least {SMALLEST_SHARE:.0e}",
+                hint="give it a larger weight, or leave it out",
+            )
         self.step = 0
         # With two samples of every corpus in a block on average, rounding cannot make a block's count negative.
         self.block_size = max(MIN_BLOCK, *(int(2 / weight) + 1 for weight in self.weights))

@@ -209,7 +209,8 @@ class _Store:
         return value
 
     def put(self, key: str, model: str, question: Any, reply: dict[str, Any]) -> None:
-        row = (key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply, ensure_ascii=False))
+        # The reply in ASCII: a server may send half a surrogate pair, which no UTF-8 text can hold.
+        row = (key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply))
         insert = "INSERT OR IGNORE INTO replies (key, model, question, reply) VALUES (?, ?, ?, ?)"
         self._guard(lambda: self._db.execute(insert, row))
 

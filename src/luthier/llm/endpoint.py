@@ -69,7 +69,9 @@ class Endpoint:
         self.model = model
         self.usage = Usage()
         self.capabilities = Dialect(model, ignore=ignore_unsupported)
-        self._key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
+        self._key = (os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key).strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError("the API key has characters that no key has", hint=f"copy it to {KEY_VARIABLE} again")
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(timeout, connect=connect_timeout, pool=None),
@@ -137,13 +139,13 @@ class Endpoint:
             response = await self._send(_path(request), make_body, stream=True)
             usage, finished = Usage(calls=1, unreported=1), False
             try:
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     if (event := replies.read_event(line)) is None:
                         continue
                     usage, finished = event.usage or usage, finished or event.finished
                     if event.text:
                         yield event.text
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise self._unreachable(error) from error
             finally:
                 await response.aclose()
@@ -166,7 +168,7 @@ class Endpoint:
         """The names of the models that the server offers."""
         try:
             response = await self._client.get(f"{self.url}/models")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         if (fault := await _fault_of(response, stream=False)) is not None:
             raise await self._failure(fault, "models", tries=1)
@@ -193,7 +195,7 @@ class Endpoint:
                 request = self._client.build_request("POST", f"{self.url}/{path}", json=body)
                 response = await self._client.send(request, stream=stream)
                 fault = await _fault_of(response, stream)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 failure = self._unreachable(error)
                 retryable = self._reached or isinstance(error, httpx.TimeoutException)
             else:
@@ -232,8 +234,13 @@ class Endpoint:
             return f"{HINTS[404]}; the server does list {self.model!r}"
         return f"the server has no {self.model!r}{did_you_mean(self.model, names)}; it has: {', '.join(names[:20])}"
 
-    def _unreachable(self, error: httpx.TransportError) -> RequestFailed:
-        kind = "timed out" if isinstance(error, httpx.TimeoutException) else f"cannot be reached ({error})"
+    def _unreachable(self, error: httpx.RequestError) -> RequestFailed:
+        reason = str(error) or type(error).__name__
+        kind = f"cannot be reached ({reason})"
+        if isinstance(error, httpx.TimeoutException):
+            kind = "timed out"
+        elif isinstance(error, httpx.DecodingError):
+            kind = f"sent what cannot be read ({reason})"
         hint = f"is the server running at {self.url}?"
         if isinstance(error, httpx.ReadTimeout):
             hint = "the server is too slow for this timeout: raise it, lower the concurrency, or ask for fewer tokens"
@@ -242,10 +249,24 @@ class Endpoint:
 
 def normalize_url(url: str) -> str:
     """The base URL of the API: with scheme, without a trailing slash, `/v1` added to a bare host."""
-    if not url.startswith(("http://", "https://")):
+    try:
+        valid = httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host != ""
+    except httpx.InvalidURL:
+        valid = False
+    if not valid:
         raise ConfigError(f"endpoint is {url!r}, expected a URL", hint="for example http://localhost:8000/v1")
     base = url.rstrip("/").removesuffix("/completions").removesuffix("/chat")
     return base if "/" in base.split("://", 1)[1] else f"{base}/v1"
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of an event stream. Not httpx's own, which also end at U+2028 and others that JSON text may hold."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+    yield rest.decode("utf-8", "replace")
 
 
 def _path(request: Request) -> str:

@@ -20,6 +20,7 @@ from luthier.core.errors import EndpointError
 from luthier.llm.sampling import next_tokens
 from luthier.llm.types import FinishReason, TokenLogprob
 
+STATE_NAMES = ("past_key_values", "cache_params")  # what models call their cache; the second is Mamba's
 REPLACEMENT = "\ufffd"  # what decoding makes of an unfinished character
 
 
@@ -91,7 +92,7 @@ class Row:
         return text[len(start) :] if text.startswith(start) else vocabulary.decode(ids)
 
     def _cut_at_stop(self, vocabulary: Vocabulary) -> bool:
-        tail = vocabulary.decode(self.ids[-self._stop_window :])
+        tail = vocabulary.decode((self.prompt[-1:] + self.ids)[-self._stop_window :])
         if not any(stop in tail for stop in self.stop):
             return False
         text = self._decoded(vocabulary)
@@ -189,11 +190,10 @@ def score(model: PreTrainedModel, texts: Sequence[tuple[list[int], int]]) -> lis
     """Log-probabilities (nats) of ids[start:] for each (ids, start >= 1), in one forward pass."""
     keep = max(len(ids) - start for ids, start in texts) + 1
     logits = _read(model, [ids for ids, _ in texts], keep)[0]
-    table = logits.log_softmax(dim=-1)  # (B, keep, V): row p holds the prediction of what follows position p
     scores = []
     for row, (ids, start) in enumerate(texts):
-        target = torch.tensor(ids[start:], device=table.device)
-        predictions = table[row, -len(target) - 1 : -1]
+        target = torch.tensor(ids[start:], device=logits.device)
+        predictions = logits[row, -len(target) - 1 : -1].log_softmax(dim=-1)  # row p predicts what follows position p
         scores.append(predictions.gather(1, target[:, None])[:, 0].tolist())
     return scores
 
@@ -223,9 +223,9 @@ class _Batch:
     def _select(self, indices: list[int]) -> None:
         if indices == list(range(len(self.mask))):
             return
-        chosen = torch.tensor(indices, dtype=torch.int64, device=self.mask.device)
+        chosen: Any = torch.tensor(indices, dtype=torch.int64, device=self.mask.device)
         self.logits, self.mask = self.logits[chosen], self.mask[chosen]
-        self.cache.batch_select_indices(chosen)
+        self.cache.reorder_cache(chosen)  # unlike batch_select_indices, also for the states of linear attention
 
 
 def _read(model: PreTrainedModel, prompts: Sequence[list[int]], keep: int) -> tuple[Tensor, DynamicCache, Tensor]:
@@ -246,5 +246,13 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCa
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     optional = {"position_ids": positions, "logits_to_keep": keep}
     chosen = {name: value for name, value in optional.items() if name in parameters}
-    output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **chosen)
+    state = next((name for name in STATE_NAMES if name in parameters), None)
+    if state is None or "attention_mask" not in parameters:
+        raise EndpointError(
+            f"{type(inner).__name__} keeps its state in a way of its own, which cannot be batched here",
+            hint="serve it, and give the server's --endpoint instead",
+        )
+    if state == "cache_params" and ids.shape[1] == 1:
+        chosen["attention_mask"] = None  # Mamba takes a mask of the new tokens, and a single one is never padding
+    output = model(input_ids=ids, use_cache=True, **{"attention_mask": mask, state: cache, **chosen})
     return output.logits[:, -keep:].float()

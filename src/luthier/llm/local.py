@@ -74,7 +74,10 @@ class LocalModel:
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._network = model
         self._tokenizer = tokenizer
-        self._vocabulary = Vocabulary(size=len(tokenizer), end_ids=_end_ids(model, tokenizer), decode=self._decode)
+        self._embedding_rows = int(next(model.get_input_embeddings().parameters()).shape[0])
+        known = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+        size = min(known, self._embedding_rows)
+        self._vocabulary = Vocabulary(size=size, end_ids=_end_ids(model, tokenizer), decode=self._decode)
         self._max_batch_size = max_batch_size
         self._seed = seed
         self._unseeded = itertools.count()
@@ -126,6 +129,7 @@ class LocalModel:
         ids, start = encoding["input_ids"][: inside[-1] + 1], inside[0]
         if start == 0:
             ids, start = [self._beginning(), *ids], 1
+        self._check_ids(ids)
         self._check_context(len(ids))
         job = _Score(ids=ids, start=start)
         (logprobs,) = await self._run([job])
@@ -157,6 +161,7 @@ class LocalModel:
                 hint="use a server (vLLM, llama.cpp), or Request(require_format=False) and parse tolerantly",
             )
         prompt = self._encode(request)
+        self._check_ids(prompt)
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = UNBOUNDED if self.context_length is None else max(1, self.context_length - len(prompt))
@@ -201,6 +206,14 @@ class LocalModel:
             if token is not None:
                 return int(token)
         raise EndpointError(f"{self.model} cannot start from nothing: no BOS or EOS token", hint="give a prompt")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """On a GPU an id without a row would not be an exception: it would end the process's use of the device."""
+        if max(ids) >= self._embedding_rows:
+            raise EndpointError(
+                f"the tokenizer gives id {max(ids)}, but {self.model} has embeddings for {self._embedding_rows} ids",
+                hint="use the tokenizer that belongs to the model",
+            )
 
     def _check_context(self, length: int, parts: str = "") -> None:
         if self.context_length is not None and length > self.context_length:

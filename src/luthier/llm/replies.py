@@ -65,7 +65,7 @@ def read_completions(
     `top`: None when log-probabilities were not asked for, else the number of alternatives wanted.
     The call's token counts are split over the choices so that they add up exactly.
     """
-    choices = sorted(payload.get("choices") or [], key=lambda choice: choice.get("index", 0))[:n]
+    choices = sorted(payload.get("choices") or [], key=lambda choice: choice.get("index") or 0)[:n]
     if not choices:
         raise RequestFailed("the server answered without any choice", hint="is this an OpenAI-compatible server?")
     usages = split_usage(read_usage(payload.get("usage")), len(choices))
@@ -81,7 +81,7 @@ def _completion(
     message = choice.get("message") or {}
     reason = FINISH_REASONS.get(choice.get("finish_reason"))
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    text = choice["text"] if "text" in choice else message.get("content")
+    text = choice["text"] if "text" in choice else _plain(message.get("content"))
     if message.get("refusal"):
         text, reason = message["refusal"], "content_filter"
     if reason is None:
@@ -100,6 +100,13 @@ def _completion(
         reasoning=reasoning,
         format=enforced,
     )
+
+
+def _plain(content: Any) -> str | None:
+    """A message's content as text; some servers send it in typed parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
 
 
 def read_usage(value: Mapping[str, Any] | None) -> Usage:
@@ -207,11 +214,16 @@ def read_event(line: str) -> Event | None:
     data = line[len("data:") :].strip()
     if data == "[DONE]":
         return Event(finished=True)
-    payload = json.loads(data)
+    try:
+        payload = json.loads(data)
+    except ValueError:
+        payload = None
+    if not isinstance(payload, dict):
+        raise RequestFailed(f"the server streamed {data[:60]!r}, not a JSON object", hint="look at the server's log")
     if (fault := fault_in(200, payload)) is not None:
         raise RequestFailed(f"the server broke off the answer: {fault.message}", hint="try again", status=fault.status)
     usage = read_usage(payload["usage"]) if payload.get("usage") else None
     for choice in payload.get("choices") or []:
-        text = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content")
+        text = choice["text"] if "text" in choice else _plain((choice.get("delta") or {}).get("content"))
         return Event(text=text or "", finished=choice.get("finish_reason") is not None, usage=usage)
     return Event(usage=usage)

@@ -36,4 +36,6 @@ def read_retry_after(value: str | None, now: datetime | None = None) -> float | 
         moment = parsedate_to_datetime(value)
     except ValueError:
         return None
+    if moment.tzinfo is None:  # "-0000" means UTC from an unknown place
+        moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())

@@ -164,12 +164,19 @@ def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _TensorFile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, SafetensorError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})",
-            hint="give the trainer's unsharded model.safetensors or model.pt, complete",
-        ) from error
+        raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+    if not isinstance(weights, Mapping):
+        raise _unreadable(path, f"it holds a {type(weights).__name__}, not tensors by name")
+    return weights
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not a readable checkpoint ({reason})",
+        hint="give the trainer's unsharded model.safetensors or model.pt, complete",
+    )
 
 
 def convert_to_trainer(folder: Path, target: Path) -> None:

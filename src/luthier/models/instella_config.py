@@ -104,7 +104,7 @@ def sized_config(size: str, tokenizer: PreTrainedTokenizerBase, **overrides: Any
     `overrides` are fields of `InstellaConfig`, e.g. `max_position_embeddings=512`.
     """
     settings = size_table(size) | {
-        "vocab_size": len(tokenizer),
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,17 @@ from luthier.models.register import register_config
 
 PROVENANCE = "luthier.json"
 NAMES_SHOWN = 5
+# What transformers raises for folders that it cannot make a model of; the last three for settings of a wrong type.
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    KeyError,
+)
 
 
 def load_pretrained(
@@ -53,10 +65,10 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,  # reported below, by name, instead of the library's first-error exception
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except UNLOADABLE as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"{source}: cannot be loaded as a causal language model ({first_line})",
+            f"{source}: cannot be loaded as a causal language model ({reason})",
             hint="give a Hugging Face model folder with config.json and safetensors weights, or a hub id",
         ) from error
     model, report = loaded

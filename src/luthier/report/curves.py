@@ -45,6 +45,11 @@ def measured_keys(rows: Sequence[Row]) -> list[str]:
     return [key for key in keys if sum(math.isfinite(number(row.get(key))) for row in rows) >= 2]
 
 
+def constant(rows: Sequence[Row], key: str) -> bool:
+    """Whether all rows that have `key` have the same value: a number to state, not a curve to draw."""
+    return len({number(row[key]) for row in rows if key in row}) == 1
+
+
 def smoothing_window(count: int) -> int:
     """Rows that a moving average spans: about a thirtieth of the curve."""
     return max(1, round(count / 30))

@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.core.config import dump_yaml
 from luthier.report import figures
-from luthier.report.curves import Row, measured_keys, number, smoothing_window
+from luthier.report.curves import Row, constant, measured_keys, number, smoothing_window
 from luthier.report.record import Record
 from luthier.report.tables import cell, flatten, table
 
@@ -109,15 +109,21 @@ def _name(record: Record, *parts: object) -> str:
 
 
 def other_measurements(record: Record) -> str:
-    """Every other number that the run recorded more than once: rewards, margins, divergences."""
+    """Every other number that the run recorded more than once: a figure if it changed (rewards), else a line."""
     drawn: list[str] = []
+    unchanged: list[str] = []
     for kind, rows in record.rows.items():
         for key in measured_keys(rows):
-            if key not in DRAWN.get(kind, ()):
-                name = _name(record, kind, key, len(drawn))  # the count tells "a/b" from "a-b"
-                title = key.replace("_", " ") if kind == "train" else f"{key.replace('_', ' ')} ({kind})"
-                drawn.append(_figure(title, figures.measurement(rows, key, name=name)))
-    return _grid(drawn)
+            title = key.replace("_", " ") if kind == "train" else f"{key.replace('_', ' ')} ({kind})"
+            if key in DRAWN.get(kind, ()):
+                continue
+            if constant(rows, key):
+                unchanged.append(f"{title} {cell(next(row[key] for row in rows if key in row))}")
+                continue
+            name = _name(record, kind, key, len(drawn))  # the count tells "a/b" from "a-b"
+            drawn.append(_figure(title, figures.measurement(rows, key, name=name)))
+    same = f'<p class="note">The same all the time: {html.escape("; ".join(unchanged))}.</p>' if unchanged else ""
+    return _grid(drawn) + same
 
 
 def _figure(title: str, svg: str, note: str = "") -> str:
