@@ -162,3 +162,20 @@ def test_a_stored_config_reruns_the_evaluation(folder: Path, tmp_path: Path, lut
     assert np.isclose(
         json.loads(outcome.out)["bits_per_byte"], RunFolder.read(tmp_path / "run").summary["score"]["bits_per_byte"]
     )
+
+
+def test_a_models_own_opening_token_is_seen_and_not_charged(
+    tmp_path: Path, model: InstellaForCausalLM, text_file: Path
+) -> None:
+    """Llama-like models never saw a document without their BOS; it is no part of the text."""
+    tokenizer = train_bpe([text_file.read_text()], 299)
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"})
+    save_pretrained(model, tokenizer, tmp_path / "model", {"verb": "test"})
+    (tmp_path / "text.txt").write_text(DOCUMENTS[0])
+    ids = [*tokenizer(DOCUMENTS[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    seen = [tokenizer.eos_token_id, tokenizer.bos_token_id, *ids[:-1]]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([seen])).logits[0, 1:].double(), -1)
+    nats = -float(logprobs[torch.arange(len(ids)), ids].sum())
+    score = evaluate(tmp_path, data=str(tmp_path / "text.txt"))
+    assert score["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(DOCUMENTS[0].encode()), rel=1e-4)

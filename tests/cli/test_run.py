@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.run import read_recipe
+from luthier.cli.run import _inputs, read_recipe
 from luthier.core.errors import ConfigError
 
 Command = Callable[..., Any]
@@ -180,3 +180,22 @@ def test_two_ranks_run_all_stages_and_one_of_them_writes(done: tuple[Path, Path]
     )
     assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-3)
     assert ranks.stdout.count("report:") == 2  # the stage's and the recipe's, from the first rank alone
+
+
+def test_a_folder_that_a_stage_reads_is_part_of_its_identity(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    values = {"data": [str(tmp_path)], "tokenizer": ""}
+    before = _inputs(values)
+    assert list(before) == [str(tmp_path)]
+    assert _inputs(values) == before
+    (tmp_path / "b.txt").write_text("two")
+    assert _inputs(values) != before
+
+
+def test_a_shipped_recipe_is_found_from_any_folder(
+    luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = luthier("run", "recipes/instella-3b/pretrain-stage1.yaml", "--dry-run")
+    assert outcome.code == 0
+    assert "3,112,675,840" in outcome.out

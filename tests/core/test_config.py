@@ -199,3 +199,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is a directory"):
         read_yaml(tmp_path)
+
+
+def test_a_key_that_is_no_word_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{[1]: 2}")
+    with pytest.raises(ConfigError, match=r"line 1: not valid YAML .*a key must be one word"):
+        read_yaml(tmp_path / "c.yaml")

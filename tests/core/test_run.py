@@ -139,3 +139,16 @@ def test_reading_changes_nothing(folder: Path) -> None:
     run = RunFolder.read(folder)
     _ = run.config, run.env, run.summary, run.metrics(), run.samples(), run.checkpoint_steps()
     assert {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_prepared_data_are_made_anew_for_other_settings(tmp_path: Path) -> None:
+    """A batch size that the text is too short for is found only when the text has been prepared."""
+    RunFolder.open(tmp_path / "run", {"batch_size": 4096}).close()
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "tokens.bin").write_bytes(b"tokens")
+    RunFolder.open(tmp_path / "run", {"batch_size": 4096}).close()
+    assert (tmp_path / "run" / "data" / "tokens.bin").exists()
+    run = RunFolder.open(tmp_path / "run", {"batch_size": 8})
+    assert run.config == {"batch_size": 8}
+    assert not (tmp_path / "run" / "data").exists()
+    run.close()

@@ -120,3 +120,11 @@ def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
 def test_impossible_vocabularies(size: int, message: str, text: str) -> None:
     with pytest.raises(DataError, match=message):
         train_bpe([text], size)
+
+
+def test_a_run_folder_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="a run folder") as error:
+        load_tokenizer(tmp_path / "run")
+    assert str(tmp_path / "run" / "model") in error.value.hint

@@ -237,3 +237,10 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(
 def logged(out: Path) -> list[int]:
     """The steps that a run has logged so far."""
     return [row["step"] for row in RunFolder(out).metrics("train")]
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere", "/dev/null/x", "x" * 300])
+def test_an_out_that_cannot_be_made(again: Command, out: str) -> None:
+    outcome = again(out)
+    assert outcome.code == 2
+    assert out in outcome.error

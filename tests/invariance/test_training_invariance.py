@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 
 def assert_same_weights(a, b, tolerance=0.0):
@@ -12,7 +13,7 @@ def assert_same_weights(a, b, tolerance=0.0):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])  # 3 is a step that is evaluated
 def test_stop_anywhere_and_resume_equals_the_straight_run_bitwise(runs, stop, capsys):
     name = f"stopped-{stop}"
     runs.finish(name, code=130, stop_after=stop)
@@ -66,3 +67,26 @@ def test_hybrid_sharding_equals_one_rank(runs):
 def test_activation_checkpointing_changes_nothing(runs):
     runs.finish("checkpointed", activation_checkpointing=True)
     assert runs.losses("checkpointed") == pytest.approx(runs.losses("straight"), abs=1e-5)
+
+
+def test_a_run_resumes_with_another_micro_batch(runs):
+    runs.finish("smaller", stop_after=3, code=130)
+    runs.finish("smaller", micro_batch_size=2, activation_checkpointing=True)
+    assert runs.losses("smaller") == pytest.approx(runs.losses("straight"), abs=1e-5)
+
+
+def test_dropout_is_decided_by_the_seed_and_the_step(runs, tmp_path):
+    GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path)
+    runs.finish("dropout-straight", model=tmp_path)
+    runs.finish("dropout-stopped", model=tmp_path, stop_after=3, code=130)
+    runs.finish("dropout-stopped", model=tmp_path)
+    assert runs.losses("dropout-stopped") == runs.losses("dropout-straight")
+    assert_same_weights(runs.weights("dropout-stopped"), runs.weights("dropout-straight"))
+
+
+def test_what_the_first_rank_refuses_is_told_without_a_traceback(runs):
+    code, output = runs.launch("refused", 2, data="nowhere.txt")
+    assert code == 1
+    assert "luthier: nowhere.txt: no such file or folder" in output
+    assert "luthier (rank 1): stopped, because another rank failed" in output
+    assert "[rank1]" not in output  # how torch marks a traceback

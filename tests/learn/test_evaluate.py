@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from luthier.learn.evaluate import TokenStream, code_length, interval_text, stream_nll
 from luthier.learn.objectives import CausalLoss
 from luthier.learn.parallel import Ranks
+from luthier.models.instella import InstellaForCausalLM
+from luthier.models.instella_config import InstellaConfig
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,24 @@ def test_one_document_has_no_interval():
 def test_head_keeps_whole_documents_and_at_least_one():
     stream = TokenStream(tokens=np.arange(10), starts=np.array([0, 4, 7]), num_bytes=np.array([1, 2, 3]))
     assert [len(stream.head(limit).tokens) for limit in (1, 4, 6, 7, 9, 10, 99)] == [4, 4, 4, 7, 7, 10, 10]
+
+
+def test_with_document_starts_a_document_costs_the_same_after_any_other():
+    config = InstellaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    objective = CausalLoss(InstellaForCausalLM(config), plain_head=True)
+    draw, ends = np.random.Generator(np.random.PCG64(7)), [0]  # every document ends with token 0
+
+    def second_document(starts):
+        first = np.concatenate([np.random.Generator(np.random.PCG64(len(ends))).integers(1, 40, 6), ends])
+        ends.append(0)
+        tokens = np.concatenate([first[:7], second])
+        settings = {"start_token": 0, "context": 32, "stride": 16, "batch_size": 1, "who": Ranks()}
+        return stream_nll(objective, tokens, **settings, document_starts=starts)[8:]  # its first token follows EOS
+
+    second = draw.integers(1, 40, 9)
+    masked = [second_document(np.array([0, 7])) for _ in range(2)]
+    np.testing.assert_allclose(masked[0], masked[1], atol=1e-5)
+    assert np.abs(second_document(None) - second_document(None)).max() > 1e-4

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.learn.meters import Meter, measured_flops, training_flops_per_token
+from luthier.learn.meters import PEAK_FLOPS, Meter, measured_flops, peak_flops, training_flops_per_token
 from luthier.models.arithmetic import training_flops_per_token as by_arithmetic
 from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import InstellaConfig
@@ -34,3 +34,10 @@ def test_flops_of_a_built_model_equal_the_arithmetic(tied):
 
 def test_measured_flops_are_a_plausible_speed():
     assert 1e8 < measured_flops(torch.device("cpu"), torch.float32, size=128, repeats=2) < 1e14
+
+
+def test_every_listed_device_is_found_by_its_name(monkeypatch):
+    """The first part that fits wins, so a longer name must stand before a shorter one inside it."""
+    for part, peak in PEAK_FLOPS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, part=part: f"NVIDIA {part}")
+        assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak

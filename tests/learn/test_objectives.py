@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from luthier.learn.objectives import (
     IGNORED,
     CausalLoss,
     cross_entropy_sum_reference,
     has_plain_head,
+    is_causal,
     linear_cross_entropy,
     token_nll,
 )
@@ -81,3 +91,16 @@ def test_every_model_gets_its_own_loss(model, plain):
     each = objective(ids[:, :-1], ids[:, 1:], per_token=True)
     assert each.shape == (3, 11)
     torch.testing.assert_close(each.sum(), loss, rtol=1e-5, atol=1e-4)
+
+
+def test_dropout_does_not_hide_a_plain_head():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=16)).train()
+    assert has_plain_head(model)
+    assert model.training
+
+
+def test_an_encoder_is_not_causal():
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    assert is_causal(small(LlamaForCausalLM, LlamaConfig))
+    assert is_causal(BertLMHeadModel(BertConfig(num_hidden_layers=1, is_decoder=True, **sizes)))
+    assert not is_causal(BertLMHeadModel(BertConfig(num_hidden_layers=1, **sizes)))

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from luthier.cli.main import main
 
@@ -61,6 +62,7 @@ def test_any_causal_lm_config_can_be_pretrained(corpus, tmp_path, config):
     assert pretrain([corpus], tmp_path / "run", model=tmp_path / "architecture") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.model_type == config.model_type
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == 0  # the tokenizer's, not the config's
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert losses[-1] < losses[0]
@@ -104,3 +106,58 @@ def test_a_finished_run_is_not_trained_again(corpus, tmp_path, capsys):
     assert pretrain([corpus], tmp_path / "run") == 0
     assert "resuming at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (T5Config(vocab_size=320, d_model=32, num_layers=1, num_heads=2), "no causal language model"),
+        (
+            BertConfig(
+                vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+            ),
+            "its positions see the tokens after them",
+        ),
+        (
+            GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=16),
+            "sequence_length: got 32, but .* reads at most 16 tokens",
+        ),
+    ],
+    ids=["encoder-decoder", "encoder", "short"],
+)
+def test_an_architecture_that_cannot_be_pretrained_is_refused(corpus, tmp_path, capsys, config, told):
+    config.save_pretrained(tmp_path / "architecture")
+    assert pretrain([corpus], tmp_path / "run", model=tmp_path / "architecture") == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_an_instella_config_gets_the_papers_initial_weights(corpus, tmp_path):
+    """So that one rank and many, which fill weights in after sharding, begin alike."""
+    assert pretrain([corpus], tmp_path / "sized", steps=1, warmup_steps=0) == 0
+    model = tmp_path / "sized" / "model"
+    assert pretrain([corpus], tmp_path / "described", model=model, steps=1, warmup_steps=0) == 0
+    first, second = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for name in ("sized", "described")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"attention": "flex_attention"}, "flex_attention trains on GPUs only"),
+        ({"attention": "flash_attention_2"}, "flash_attention_2 trains on GPUs only"),
+        ({"device": "gpu"}, "device: got 'gpu'"),
+        ({"eval_data": "shards"}, "eval_data: got 'shards', but text corpora hold a part of themselves out"),
+    ],
+)
+def test_a_setting_that_cannot_be_honored_is_refused(corpus, tmp_path, capsys, changes, told):
+    assert pretrain([corpus], tmp_path / "run", **{"device": "cpu", **changes}) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pretrain([corpus], tmp_path / "run", compile="on", device="cpu") == 2
+    assert "compile: found no C++ compiler" in capsys.readouterr().err

@@ -183,15 +183,13 @@ def open_backend(config: ChatConfig, console: Console) -> tuple[StreamingBackend
 
 def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
     """Load the model; a model that was only pretrained, or has no chat template, continues raw text by default."""
-    torch = require("torch", "torch")
+    require("torch", "torch")
     from luthier.data.tokenizer import load_tokenizer
+    from luthier.learn.parallel import choose_device
     from luthier.llm.local import LocalModel
     from luthier.models.load import load_pretrained, read_provenance
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_pretrained(config.model, device=device)
+    network = load_pretrained(config.model, device=choose_device(config.device))
     tokenizer = load_tokenizer(config.model)
     raw = config.raw
     if not config.chat and not raw:

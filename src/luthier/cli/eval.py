@@ -128,6 +128,12 @@ def _head(source: TextSource, max_bytes: int) -> TextSource:
     return type(source)(name=source.name, documents=kept)
 
 
+def _opening(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The token that opens a document, for models that have one of its own (others take the EOS before it)."""
+    bos = tokenizer.bos_token_id
+    return [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+
+
 def _score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -142,12 +148,15 @@ def _score(
     from luthier.learn.evaluate import TokenStream, code_length, stream_nll
     from luthier.learn.objectives import CausalLoss, has_plain_head
 
-    # The interval is over pieces of about 8 kB, so that one long document has one too; EOS closes whole documents.
+    # The interval is over pieces of about 8 kB, so that one long document has one too.
     documents = [cut_paragraphs(document) for document in source.documents]
     pieces = [piece for document in documents for piece in document]
     encoded = encode_texts(tokenizer, pieces)
-    for last in np.cumsum([len(document) for document in documents]) - 1:
-        encoded[last].append(tokenizer.eos_token_id)
+    last = 0
+    for document in documents:
+        first, last = last, last + len(document)
+        encoded[first][:0] = _opening(tokenizer)
+        encoded[last - 1].append(tokenizer.eos_token_id)
     stream = TokenStream(
         tokens=np.concatenate([np.asarray(ids, np.int64) for ids in encoded]),
         starts=np.cumsum([0, *(len(ids) for ids in encoded[:-1])]),
@@ -169,15 +178,21 @@ def _score(
         batch_size=config.batch_size,
         who=who,
     )
+    for bos in _opening(tokenizer):
+        nats[stream.tokens == bos] = 0  # it is always there, so it tells nothing and costs nothing
     return {**code_length(stream, nats), "context": context}
 
 
 def _model_row(name: str, score: dict[str, Any], *, conditional: bool) -> list[str]:
-    value = f"{score['bits_per_byte']:.3f}"
     from luthier.learn.evaluate import interval_text
 
-    interval = interval_text(score)
-    return [Path(name).name, "—" if conditional else value, interval, value if conditional else "—"]
+    value = f"{score['bits_per_byte']:.3f}"
+    return [
+        Path(name).name,
+        "—" if conditional else value,
+        interval_text(score),
+        value if conditional else "—",
+    ]
 
 
 def _compressor_rows(source: TextSource, given: TextSource | None) -> list[list[str]]:

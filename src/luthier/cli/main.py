@@ -57,7 +57,17 @@ OPTIONS = {
     "--debug": "show the traceback of an error",
 }
 
-UNUSABLE_PATH = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# What the system says of a path that the user gave and that cannot be used.
+UNUSABLE_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,11 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from luthier.core.errors import Interrupted, UserError
 
+        if isinstance(error, Interrupted):  # of all ranks at once: one of them says so
+            return _fail(str(error), error.hint, code=130) if os.environ.get("RANK", "0") == "0" else 130
         if isinstance(error, UserError):
-            return _fail(str(error), error.hint, code=130 if isinstance(error, Interrupted) else 2)
+            return _fail(str(error), error.hint)
         if _is_disk_full(error):
             return _fail(f"the disk is full ({error})", "free some space and run the same command again: it resumes")
-        if isinstance(error, UNUSABLE_PATH):
+        if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE_PATH:
             return _fail(f"{error.filename}: {(error.strerror or '').lower()}", "give another path, or its permissions")
         raise
 

@@ -15,6 +15,8 @@ from luthier.train.config import PretrainConfig
 from luthier.train.plan import DEVICE_COUNTS, hour_rows, plan_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from luthier.learn.parallel import Ranks
     from luthier.train.prepare import Corpus
     from luthier.train.pretrain import Pretrained
@@ -68,7 +70,10 @@ def run(config: PretrainConfig, console: Console) -> None:
 @contextlib.contextmanager
 def _open_run(config: PretrainConfig, who: Ranks) -> Iterator[RunFolder | None]:
     """The run folder on the main rank. The others wait until it has been accepted."""
-    run = RunFolder.open(config.out, to_mapping(config), may_change=config.RESUMABLE_CHANGES) if who.is_main else None
+    run = None
+    with who.main_first():
+        if who.is_main:
+            run = RunFolder.open(config.out, to_mapping(config), may_change=config.RESUMABLE_CHANGES)
     try:
         yield run
     finally:
@@ -78,9 +83,8 @@ def _open_run(config: PretrainConfig, who: Ranks) -> Iterator[RunFolder | None]:
 
 def _prepare(config: PretrainConfig, who: Ranks, console: Console) -> Corpus:
     from luthier.data.shards import TokenShards
-    from luthier.data.sources import open_source
     from luthier.data.tokenizer import load_tokenizer
-    from luthier.train.prepare import Corpus, open_corpus, prepare_text
+    from luthier.train.prepare import Corpus, open_corpus
 
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if any(is_tokenized(spec) for spec in config.data):
@@ -91,22 +95,34 @@ def _prepare(config: PretrainConfig, who: Ranks, console: Console) -> Corpus:
             )
         training = [TokenShards.open(Path(spec), tokenizer) for spec in config.data]
         return Corpus(tokenizer, training, TokenShards.open(Path(config.eval_data), tokenizer))
-    folder = config.out / "data"
-    if who.is_main:
-        sources = [open_source(spec) for spec in config.data]
-        for source in sources:
-            console.status(f"corpus: {source.name}, {len(source.documents):,} documents, {source.num_bytes:,} bytes")
-            if source.note:
-                console.status(f"  {source.note}")
-        prepare_text(
-            sources, tokenizer, folder, held_out=config.held_out, vocab_size=config.vocab_size, seed=config.seed
+    if config.eval_data:
+        raise ConfigError(
+            f"eval_data: got {config.eval_data!r}, but text corpora hold a part of themselves out",
+            hint="drop eval_data (held_out sets the part), or give token shards as data",
         )
-    who.barrier()
+    folder = config.out / "data"
+    with who.main_first():
+        if who.is_main:
+            _write_corpus(config, tokenizer, folder, console)
     corpus = open_corpus(folder, len(config.data))
     if who.is_main:
         trained, kept = sum(part.num_tokens for part in corpus.training), corpus.held_out.num_tokens
         console.status(f"tokens: {trained:,} to train on, {kept:,} held out, vocabulary {len(corpus.tokenizer):,}")
     return corpus
+
+
+def _write_corpus(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast | None, folder: Path, console: Console
+) -> None:
+    from luthier.data.sources import open_source
+    from luthier.train.prepare import prepare_text
+
+    sources = [open_source(spec) for spec in config.data]
+    for source in sources:
+        console.status(f"corpus: {source.name}, {len(source.documents):,} documents, {source.num_bytes:,} bytes")
+        if source.note:
+            console.status(f"  {source.note}")
+    prepare_text(sources, tokenizer, folder, held_out=config.held_out, vocab_size=config.vocab_size, seed=config.seed)
 
 
 def is_tokenized(spec: str) -> bool:

@@ -33,7 +33,7 @@ class RunConfig:
     """Run the stages of a recipe in order, each in a numbered folder under --out."""
 
     recipe: tyro.conf.Positional[Path]
-    """YAML file: a list of stages."""
+    """YAML file: a list of stages; recipes/NAME.yaml also finds those that come with luthier."""
     out: Path | None = None
     """Folder of the whole run; by default runs/ and the recipe's name."""
     set: tuple[str, ...] = ()
@@ -54,14 +54,29 @@ class Stage:
 
 def run(config: RunConfig, console: Console) -> None:
     """Run the recipe's stages that are not done, then write its report."""
-    run_recipe(config.recipe, config.out or Path("runs") / config.recipe.stem, config.set, console)
+    run_recipe(find_recipe(config.recipe), _folder(config), config.set, console)
+
+
+def _folder(config: RunConfig) -> Path:
+    return config.out or Path("runs") / config.recipe.stem
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe file: as given, or one that comes with luthier (recipes/NAME.yaml works from any folder)."""
+    shipped = recipe_folder() / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
+    return shipped if not path.exists() and shipped.is_file() else path
+
+
+def recipe_folder() -> Path:
+    """The recipes: inside an installed package, or at the root of a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check every stage, and print what the ones that can tell would cost."""
-    out = config.out or Path("runs") / config.recipe.stem
     results: dict[str, dict[str, Any]] = {}
-    for stage in read_recipe(config.recipe, out, config.set):
+    for stage in read_recipe(find_recipe(config.recipe), _folder(config), config.set):
         console.print(f"{stage.folder.name}: {stage.verb}, settings are valid")
         module, of_stage = importlib.import_module(VERBS[stage.verb].module), StageConsole(console)
         if hasattr(module, "dry_run"):
@@ -107,7 +122,7 @@ def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> Non
     hashes: dict[str, str] = {}
     for stage in stages:
         needed = [hashes[name] for name in stage.needs]
-        hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _files(stage.values)])
+        hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _inputs(stage.values)])
         done = stage.folder / "stage.json"
         if done.exists() and read_json(done)["sha256"] == hashes[stage.name]:
             console.status(f"== {stage.folder.name}: done before, skipped")
@@ -120,12 +135,18 @@ def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> Non
             write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
 
 
-def _files(values: Any) -> dict[str, str]:
-    """SHA-256 of every file that the settings of a stage name."""
+def _inputs(values: Any) -> dict[str, Any]:
+    """What identifies every file (its SHA-256) and folder (names, sizes and times) that a stage's settings name."""
     if isinstance(values, Mapping | list):
         parts = values.values() if isinstance(values, Mapping) else values
-        return {path: sha256 for part in parts for path, sha256 in _files(part).items()}
-    return {values: sha256_file(Path(values))} if isinstance(values, str) and Path(values).is_file() else {}
+        return {path: identity for part in parts for path, identity in _inputs(part).items()}
+    if not isinstance(values, str) or not values:
+        return {}
+    path = Path(values).expanduser()
+    if path.is_dir():
+        files = {str(file.relative_to(path)): file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
+        return {values: [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]}
+    return {values: sha256_file(path)} if path.is_file() else {}
 
 
 def _run_stage(stage: Stage, console: Console) -> None:

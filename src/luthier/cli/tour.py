@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luthier.cli.run import run_recipe
+from luthier.cli.run import recipe_folder, run_recipe
 from luthier.core.console import Console
 from luthier.core.errors import require
 from luthier.core.run import RunFolder
@@ -17,7 +17,7 @@ class TourConfig:
     """Train a small model on the prose of this Python installation and see what it has learned."""
 
     size: Literal["nano", "tiny", "small"] = "nano"
-    """The one dial: nano takes about 3 minutes on two cores, tiny about 15, small about an hour."""
+    """The one dial. nano takes about 3 minutes on two cores; tiny and small are for more text than this."""
     out: Path = Path("runs/tour")
     """Folder of the run; the same command again resumes it."""
 
@@ -31,9 +31,3 @@ def run(config: TourConfig, console: Console) -> None:
     for sample in samples[-1]["samples"] if samples else []:
         console.print(f"\n{sample['prompt']}|{sample['text']}")
     console.print(f"\nTalk to it: luthier chat {config.out / '01-pretrain' / 'model'}")
-
-
-def recipe_folder() -> Path:
-    """The recipes: inside an installed package, or at the root of a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"

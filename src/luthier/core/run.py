@@ -79,11 +79,16 @@ class RunFolder:
             )
 
     def _check_same(self, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
-        """Refuse another config, unless the folder holds no work yet: then a mistake in the settings can be mended."""
+        """Refuse another config, unless the folder holds no work yet: then a mistake in the settings can be mended.
+
+        Prepared data are no work, but they follow from the settings: with others they are removed, to be made anew.
+        """
         if not (self.path / "config.yaml").exists() or _is_untouched(self.path):
             return
         changes = config_.diff(self.config, config, ignore=may_change)
-        if changes:
+        if changes and _is_untouched(self.path, but_for="data"):
+            shutil.rmtree(self.path / "data")
+        elif changes:
             raise ConfigError(
                 f"{self.path} holds a run with another config: {'; '.join(changes)}",
                 hint="use the stored settings to resume, choose another --out, or remove the folder",
@@ -167,11 +172,12 @@ class RunFolder:
             shutil.rmtree(self.checkpoints / f"step-{step:08d}")
 
 
-def _is_untouched(folder: Path) -> bool:
-    """Whether nothing is in a folder but what opening it as a run wrote, or a crash in that left."""
+def _is_untouched(folder: Path, but_for: str = "") -> bool:
+    """Whether nothing is in a folder but what opening it as a run wrote, or a crash in that left, and `but_for`."""
     return all(
         _is_untouched(entry) if entry.is_dir() else entry.name in WRITTEN_BY_OPEN or entry.match(f".*{TEMPORARY}")
         for entry in folder.iterdir()
+        if entry.name != but_for
     )
 
 

@@ -27,7 +27,7 @@ from luthier.core.errors import DataError
 from luthier.core.files import atomic_folder, read_json, write_json
 from luthier.data.files import missing_path
 from luthier.data.sources import frame
-from luthier.data.tokenizer import decode_text, encode_documents, tokenizer_digest
+from luthier.data.tokenizer import decode_text, encode_documents, num_ids, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -173,7 +173,7 @@ def write_shards(
 
     Raises: DataError when there are no documents.
     """
-    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
+    dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     text_hash, token_hash = hashlib.sha256(), hashlib.sha256()
     num_tokens = num_documents = num_bytes = 0
     with atomic_folder(folder) as partial:

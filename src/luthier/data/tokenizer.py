@@ -114,6 +114,8 @@ def load_tokenizer(path_or_id: str | Path, *, needs_padding: bool = False) -> Pr
     looks_local = path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2
     if not path.exists() and (looks_local or (len(path.parts) > 1 and path.parent.exists())):
         raise missing_path(path)
+    if (path / "model" / "config.json").is_file() and not (path / "tokenizer.json").exists():
+        raise DataError(f"{path}: a run folder, expected a model folder", hint=f"give {path / 'model'}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path if path.exists() else path_or_id))
     except (OSError, ValueError) as error:
@@ -129,6 +131,11 @@ def load_tokenizer(path_or_id: str | Path, *, needs_padding: bool = False) -> Pr
     if needs_padding:
         check_padding(tokenizer, str(path_or_id))
     return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: the highest id and one, which is more than len(tokenizer) where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_padding(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> None:

@@ -46,28 +46,37 @@ def stream_nll(
     stride: int,
     batch_size: int,
     who: Ranks,
+    document_starts: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Nats of each token (N,). Every token is charged, the first one given only `start_token`.
 
     Windows of `context` tokens advance by `stride`; after the first window only the last `stride` tokens of each are
-    scored, so that each sees at least `context - stride` tokens before it. Ranks share the windows.
+    scored, so that each sees at least `context - stride` tokens before it. With `document_starts` (D,), tokens see
+    those of their own document only, as in training with document masks. Ranks share the windows.
     """
     n = len(tokens)
     inputs = np.concatenate([[start_token], tokens[:-1]])
+    documents = None if document_starts is None else np.searchsorted(document_starts, np.arange(n) - 1, side="right")
     starts = list(range(0, max(1, n - context + stride), stride))
     result = torch.zeros(n, dtype=torch.float64, device=who.device)
     was_training = objective.training
     objective.eval()
     for first in range(0, len(starts), batch_size * who.world_size):
         # Every rank passes a whole batch each time, short ones filled up: sharded models need all ranks in step.
-        ids = np.full((batch_size, context), start_token)
-        targets = np.full((batch_size, context), IGNORED)
+        batch = {
+            "input_ids": np.full((batch_size, context), start_token),
+            "targets": np.full((batch_size, context), IGNORED),
+            **({} if documents is None else {"document_ids": np.full((batch_size, context), -1)}),
+        }
         mine = starts[first + who.rank * batch_size :][:batch_size]
         for row, start in enumerate(mine):
             length, seen = min(context, n - start), context - stride if start else 0
-            ids[row, :length] = inputs[start : start + length]
-            targets[row, seen:length] = tokens[start + seen : start + length]
-        nll = objective(*(torch.as_tensor(x, device=who.device) for x in (ids, targets)), per_token=True).double()
+            batch["input_ids"][row, :length] = inputs[start : start + length]
+            batch["targets"][row, seen:length] = tokens[start + seen : start + length]
+            if documents is not None:
+                batch["document_ids"][row, :length] = documents[start : start + length]
+        on_device = {name: torch.as_tensor(array, device=who.device) for name, array in batch.items()}
+        nll = objective(**on_device, per_token=True).double()
         for row, start in enumerate(mine):
             length, seen = min(context, n - start), context - stride if start else 0
             result[start + seen : start + length] = nll[row, seen:length]

@@ -25,6 +25,7 @@ from torch import Tensor
 from luthier.core.console import Advance, Console
 from luthier.core.errors import UserError
 from luthier.core.run import RunFolder
+from luthier.core.seeds import derive_seed
 from luthier.learn.meters import Meter
 from luthier.learn.objectives import IGNORED
 from luthier.learn.parallel import Ranks
@@ -58,6 +59,8 @@ class Job:
     batch_at: Callable[[int], Mapping[str, NDArray[np.int64]]]
     """Step -> this rank's share: input_ids, targets and maybe document_ids, each (sequences, T)."""
     learning_rate: Callable[[int], float]
+    seed: int
+    """Decides the dropout of each step, in models that have any."""
     meter: Meter
     checkpoints: Path
     run: RunFolder | None
@@ -73,6 +76,7 @@ def train(job: Job, settings: LoopSettings, who: Ranks, console: Console) -> boo
     """Run until `settings.steps`; True when finished, False when stopped early with the state saved."""
     state, started = job.state, job.state.step
     with _stop_requests() as stop, console.progress(settings.steps, "training", done=state.step) as advance:
+        _look_again(job, settings, who)
         while state.step < settings.steps:
             row = _step(job, settings, who, stop)
             stopping = bool(row.pop("stop")) or state.step - started == settings.stop_after
@@ -89,6 +93,8 @@ def train(job: Job, settings: LoopSettings, who: Ranks, console: Console) -> boo
 def _step(job: Job, settings: LoopSettings, who: Ranks, stop: threading.Event) -> dict[str, float]:
     """One optimizer update; its row of metrics."""
     state, began = job.state, time.perf_counter()
+    # Dropout knows the global generators only. Seeded by the step, they need not be saved, on any device.
+    torch.manual_seed(derive_seed(job.seed, "step", state.step, who.rank))
     batch = {
         name: torch.from_numpy(array).to(who.device, non_blocking=True)
         for name, array in job.batch_at(state.step).items()
@@ -165,9 +171,17 @@ def _look(job: Job, settings: LoopSettings, who: Ranks, *, last: bool) -> None:
         job.run.write_sample(state.step, job.sample())
 
 
+def _look_again(job: Job, settings: LoopSettings, who: Ranks) -> None:
+    """Evaluate a resumed state where the run was stopped between saving it and evaluating it."""
+    step = job.state.step
+    seen = job.run is None or any(row["step"] == step for row in job.run.metrics("eval"))
+    if who.sum([float(step > 0 and not seen)])[0]:
+        _look(job, settings, who, last=step == settings.steps)
+
+
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one interrupts at once."""
+    """An event that SIGINT and SIGTERM set. A SIGINT after that interrupts at once; launchers repeat SIGTERM."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -7,13 +7,14 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-# Dense bf16 peak in FLOP/s by a part of the device's name; sources: the vendors' data sheets.
+# Dense bf16 peak in FLOP/s by a part of the device's name, the first that fits; sources: the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,  # of one of its two dies, each of which is a device
     "L40S": 362e12,
     "RTX 4090": 165e12,
     "B200": 2250e12,
@@ -37,8 +38,9 @@ def prefers_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 6) -> float:
-    """FLOP/s of the fastest of a few square matrix products."""
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 6) -> float:
+    """FLOP/s of the fastest of a few square matrix products; `size` 0 picks one that fills the device."""
+    size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(repeats):

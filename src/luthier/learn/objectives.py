@@ -5,6 +5,8 @@ Losses are sums; the loop divides once by the number of targets over all micro-b
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,7 +107,35 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return False
-    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    logits = model(input_ids=probe, use_cache=False).logits
+    with _without_dropout(model):
+        probe = _probe(model)
+        hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+        logits = model(input_ids=probe, use_cache=False).logits
     return torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no position sees the tokens after it, seen on a probe input: those of encoders such as BERT do."""
+    with _without_dropout(model):
+        probe = _probe(model)
+        other = probe.clone()
+        other[:, -1] = 0
+        before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (probe, other))
+    return torch.allclose(before, after, rtol=1e-4, atol=1e-5)
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """A row of eight different token ids (1, 8), the last of them not 0."""
+    embedding = next(model.get_input_embeddings().parameters())
+    return torch.arange(8, device=embedding.device)[None] % embedding.shape[0]
+
+
+@contextlib.contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a lost rank becomes an error, not a hang
+PATIENCE = datetime.timedelta(days=7)  # for work that one rank does for all, such as reading a corpus
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A block in which the main rank works for all: the others wait, however long, and stop when it fails."""
+        if self.world_size == 1:
+            yield
+            return
+        group, failed = dist.new_group(backend="gloo", timeout=PATIENCE), torch.ones(())
+        try:
+            yield
+            failed.zero_()
+        finally:
+            dist.all_reduce(failed, group=group)
+        if failed:
+            raise UserError("stopped, because another rank failed", hint="its own message says why")
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -54,23 +70,54 @@ class Ranks:
 @contextlib.contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks of this launch. Under torchrun the outermost one joins the process group and leaves it."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {device!r}, but torch sees no CUDA device", hint="use --device cpu or auto")
+    chosen = choose_device(device)
     if "WORLD_SIZE" not in os.environ:
-        yield Ranks(device=torch.device(kind))
+        yield Ranks(device=chosen)
         return
-    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+        chosen = _own_gpu(chosen)
     outermost = not dist.is_initialized()  # a second joining would wait for the addresses of the first
     if outermost:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+        if outermost:
+            dist.barrier()  # a rank that leaves while another still talks to it can abort that one
     finally:
         if outermost:
             dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is a GPU where there is one. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {name!r}, expected cpu, cuda or auto", hint="leave it at auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise ConfigError(
+            f"device: got {name!r}, but torch sees {seen} CUDA device{'s' * (seen not in ('no', 1))}",
+            hint="use --device cpu or auto",
+        )
+    return device
+
+
+def _own_gpu(asked: torch.device) -> torch.device:
+    """The GPU of this rank, which becomes the current one."""
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if asked.index is not None or local >= count:
+        raise ConfigError(
+            f"device: got {asked}, but under torchrun every rank takes a GPU of its own, and this is rank {local} of "
+            f"the machine, which has {count}",
+            hint="use --device cuda, and at most as many processes as GPUs",
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
 
 
 def make_mesh(who: Ranks, shard_size: int = 0) -> DeviceMesh:
@@ -90,8 +137,9 @@ def shard(objective: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, l
     """FSDP2: every block its own unit, then the rest; parameters stay fp32 masters, compute runs in `low`.
 
     Gradients are reduced in fp32 and averaged over ranks; the loop undoes the average, because its losses are sums.
+    Inputs keep their dtype, as in one process: rounding the cosines and sines of RoPE would move far positions.
     """
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)

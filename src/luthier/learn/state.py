@@ -1,4 +1,6 @@
-"""Everything that a resume needs, in one place: weights, Adam moments, step, tokens, seconds, data cursor, RNG.
+"""Everything that a resume needs, in one place: weights, Adam moments, step, tokens, seconds, data cursor.
+
+There is no generator state to keep: the loop seeds each step by its number.
 
 Saved with torch.distributed.checkpoint: each rank writes its shards, and a state saved on N ranks loads on M. A state
 is written under a temporary name and renamed when whole, so a crash while saving cannot cost an older state.
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from luthier.core.errors import CheckpointError
@@ -48,19 +49,23 @@ class TrainState:
 
 
 def _materialize_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's tensors before its first update, with an update that changes nothing."""
+    """Create the tensors of parameters that had no update yet, with an update that changes nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if all(optimizer.state.get(p) for p in parameters):
+    new = [p for p in parameters if not optimizer.state.get(p)]
+    if not new:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
     gradients = [p.grad for p in parameters]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for p in parameters:
+        p.grad = None
+    for p in new:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
+    for p in new:
         optimizer.state[p]["step"].zero_()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -74,7 +79,7 @@ def save_state(state: TrainState, folder: Path, who: Ranks) -> None:
         partial.mkdir(parents=True)
     who.barrier()
     with _quiet_dcp(), _first_failure():
-        dcp.save({**state.tensors(), "rng": _rng()}, checkpoint_id=partial, no_dist=who.world_size == 1)
+        dcp.save(state.tensors(), checkpoint_id=partial, no_dist=who.world_size == 1)
     if who.is_main:
         write_json(partial / "state.json", state.counters())
         promote_folder(partial, folder)
@@ -88,7 +93,7 @@ def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
     """
     try:
         counters = read_json(folder / "state.json")
-        values = {**state.tensors(), "rng": _rng()}
+        values = state.tensors()
         with _quiet_dcp(), _first_failure():
             dcp.load(values, checkpoint_id=folder, no_dist=who.world_size == 1)
     except Exception as error:  # DCP raises many kinds, some of them wrapped
@@ -101,11 +106,6 @@ def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
     for name, parameter in state.weights.masters.items():
         state.optimizer.state[parameter].update(values["optimizer"][name])
     state.weights.publish()
-    torch.set_rng_state(values["rng"]["cpu"])
-
-
-def _rng() -> dict[str, Tensor]:
-    return {"cpu": torch.get_rng_state()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from luthier.core.errors import ConfigError, EndpointError, UserError
 from luthier.core.seeds import derive_seed
 from luthier.data.chat import encode_chat
 from luthier.data.template import CHAT_TEMPLATE
+from luthier.data.tokenizer import num_ids
 from luthier.llm import generation
 from luthier.llm.generation import Row, Vocabulary
 from luthier.llm.types import Completion, Request, Score, Usage
@@ -75,7 +76,7 @@ class LocalModel:
         self._network = model
         self._tokenizer = tokenizer
         self._embedding_rows = int(next(model.get_input_embeddings().parameters()).shape[0])
-        known = max(tokenizer.get_vocab().values()) + 1  # more than len(tokenizer) where ids have gaps
+        known = num_ids(tokenizer)
         size = min(known, self._embedding_rows)
         self._vocabulary = Vocabulary(size=size, end_ids=_end_ids(model, tokenizer), decode=self._decode)
         self._max_batch_size = max_batch_size

@@ -13,7 +13,7 @@ from luthier.core.errors import ConfigError
 from luthier.core.files import atomic_folder
 from luthier.data.shards import TokenShards, write_shards
 from luthier.data.sources import TextSource, split
-from luthier.data.tokenizer import load_tokenizer, tokenizer_digest, train_bpe
+from luthier.data.tokenizer import load_tokenizer, num_ids, tokenizer_digest, train_bpe
 from luthier.learn.evaluate import TokenStream
 
 
@@ -88,8 +88,8 @@ def token_stream(shards: TokenShards) -> TokenStream:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
     """ConfigError when the embedding has fewer rows than the tokenizer has ids."""
-    if len(tokenizer) > rows:
+    if (needed := num_ids(tokenizer)) > rows:
         raise ConfigError(
-            f"vocab_size: got {rows} rows, but the tokenizer has {len(tokenizer)} ids",
-            hint=f"set vocab_size to {len(tokenizer)} or more, or use another tokenizer",
+            f"vocab_size: got {rows} rows, but the tokenizer has {needed} ids",
+            hint=f"set vocab_size to {needed} or more, or use another tokenizer",
         )

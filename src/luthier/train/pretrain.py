@@ -22,13 +22,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.core.console import Console
+from luthier.core.errors import ConfigError
 from luthier.core.run import RunFolder
 from luthier.core.seeds import derive_seed
 from luthier.data.mixture import WindowMixture
 from luthier.learn.evaluate import TokenStream, code_length, stream_nll
 from luthier.learn.loop import Job, LoopSettings, train
 from luthier.learn.meters import Meter, peak_flops, prefers_bf16, training_flops_per_token
-from luthier.learn.objectives import CausalLoss, has_plain_head
+from luthier.learn.objectives import CausalLoss, has_plain_head, is_causal
 from luthier.learn.parallel import Ranks, make_mesh, shard, transformer_blocks
 from luthier.learn.precision import Weights
 from luthier.learn.schedule import learning_rate
@@ -44,6 +45,7 @@ from luthier.train.prepare import check_vocabulary
 EAGER_LIMIT = 512  # tokens; up to here plain matrix products beat SDPA in bf16 on a CPU
 COMPILED_STEPS = 500  # compiling takes about as long as 40 steps and saves a tenth to a fifth of each
 SAMPLE_TOKENS = 48
+GPU_ATTENTION = ("flex_attention", "flash_attention_2")  # on a CPU the one has no backward pass, the other does not run
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,48 @@ class Pretrained:
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PreTrainedModel:
     """A model with random weights that depend on the seed alone. `meta` leaves an Instella's weights unallocated."""
-    kernel = None if config.attention == "auto" else config.attention
     if config.model:
-        other = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-        check_vocabulary(tokenizer, other.vocab_size)
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(config.seed, "initial weights"))
-            return AutoModelForCausalLM.from_config(other, dtype=torch.float32, attn_implementation=kernel)
+        return _other_model(config, tokenizer)
     check_vocabulary(tokenizer, config.vocab_size)
     sized = sized_config(
         config.size, tokenizer, vocab_size=config.vocab_size, max_position_embeddings=config.sequence_length
     )
     with torch.device("meta" if meta else "cpu"):
-        model = InstellaForCausalLM._from_config(sized, dtype=torch.float32, attn_implementation=kernel)
+        model = InstellaForCausalLM._from_config(sized, dtype=torch.float32)
     if not meta:
         initialize(model, derive_seed(config.seed, "initial weights"))
+    return model
+
+
+def _other_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The architecture of a Hugging Face config, with random weights and the special tokens of the tokenizer."""
+    try:
+        described = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+        text = described.get_text_config()
+        check_vocabulary(tokenizer, text.vocab_size)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, getattr(tokenizer, name))
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(config.seed, "initial weights"))
+            model = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: {config.model!r} is no causal language model ({str(error).splitlines()[0]})",
+            hint="give a folder or hub id whose config.json describes a decoder",
+        ) from error
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit and config.sequence_length > limit:
+        raise ConfigError(
+            f"sequence_length: got {config.sequence_length}, but {config.model} reads at most {limit} tokens",
+            hint=f"set sequence_length to {limit} or less, or raise max_position_embeddings in its config.json",
+        )
+    if isinstance(model, InstellaForCausalLM):
+        initialize(model, derive_seed(config.seed, "initial weights"))
+    if not is_causal(model):
+        raise ConfigError(
+            f"model: {config.model!r} is no causal language model: its positions see the tokens after them",
+            hint="give a decoder; some encoders become one with is_decoder: true in config.json",
+        )
     return model
 
 
@@ -92,8 +121,8 @@ def pretrain(
     model = build_model(config, tokenizer, meta=who.world_size > 1 and not config.model)
     flops = training_flops_per_token(model, config.sequence_length)
     low = _low_precision(config, who, console)
-    choose_attention(model, config, low, who)
     objective = _place(model, config, low, who)
+    choose_attention(model, config, low, who)
     weights = Weights(objective, low if who.world_size == 1 else None)
     optimizer = torch.optim.AdamW(
         weights.masters.values(),
@@ -118,14 +147,19 @@ def pretrain(
             total=config.steps,
             final_fraction=config.final_fraction,
         ),
+        seed=config.seed,
         meter=Meter(flops, peak_flops(who.device, low or torch.float32) * who.world_size),
         checkpoints=checkpoints,
         run=run,
         evaluate=partial(score, held_out.head(config.eval_tokens), stride=config.sequence_length),
         sample=partial(sample, model, tokenizer, config) if who.world_size == 1 and config.sample_prompts else None,
     )
+    if who.world_size > 1 and config.sample_prompts:
+        console.status("samples: none on the way, because the model is sharded; `luthier chat` draws them afterwards")
     finished = train(job, _loop_settings(config), who, console)
     weights.restore()
+    if config.attention == "flash_attention_2":
+        model.set_attn_implementation("sdpa")  # it takes no fp32, and the masters are fp32
     final = score(held_out, stride=config.sequence_length // 2) if finished else {}
     return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
 
@@ -154,18 +188,33 @@ def _low_precision(config: PretrainConfig, who: Ranks, console: Console) -> torc
 
 
 def choose_attention(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks) -> None:
-    """Switch to the attention kernel that is fastest here, unless the config names one."""
-    short = config.sequence_length <= EAGER_LIMIT
-    if config.attention == "auto" and low is not None and who.device.type == "cpu" and short:
-        model.set_attn_implementation("eager")
+    """Switch to the attention kernel that the config names, or to the one that is fastest here."""
+    kernel = config.attention
+    if kernel == "auto":
+        if low is not None and who.device.type == "cpu" and config.sequence_length <= EAGER_LIMIT:
+            model.set_attn_implementation("eager")
+        return
+    if kernel in GPU_ATTENTION and who.device.type == "cpu":
+        raise ConfigError(f"attention: {kernel} trains on GPUs only, got a CPU", hint="use --attention auto")
+    if kernel == "flash_attention_2" and low is None:
+        raise ConfigError("attention: flash_attention_2 computes in bf16 only, got fp32", hint="use --precision bf16")
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"attention: {kernel} cannot be used here ({str(error).splitlines()[0]})", hint="use --attention auto"
+        ) from error
 
 
-def compiling_pays(config: PretrainConfig, who: Ranks) -> bool:
-    """Whether compiled blocks win back their compilation: on CUDA, and on a CPU in long runs."""
-    if who.device.type == "cuda":
-        return True
+def compiles(config: PretrainConfig, who: Ranks) -> bool:
+    """Whether blocks are compiled; auto does where that wins back its time: on CUDA, and on a CPU in long runs."""
+    if config.compile == "off" or who.device.type == "cuda":
+        return config.compile != "off"
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    return compiler is not None and who.world_size == 1 and config.steps >= COMPILED_STEPS
+    if config.compile == "on" and compiler is None:
+        raise ConfigError("compile: found no C++ compiler", hint="install g++ or clang++, or use --compile off")
+    pays = compiler is not None and who.world_size == 1 and config.steps >= COMPILED_STEPS
+    return config.compile == "on" or pays
 
 
 def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks) -> CausalLoss:
@@ -176,7 +225,7 @@ def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | No
     is_instella = isinstance(model, InstellaForCausalLM)
     objective = CausalLoss(model, plain_head=is_instella or has_plain_head(model))
     blocks = transformer_blocks(model)
-    if config.compile == "on" or (config.compile == "auto" and compiling_pays(config, who)):
+    if compiles(config, who):
         for block in blocks:
             block.compile()
     if who.world_size == 1:
@@ -229,6 +278,7 @@ def evaluate(
             stride=max(1, stride),
             batch_size=config.micro_batch_size,
             who=who,
+            document_starts=stream.starts if config.document_mask else None,
         )
     return code_length(stream, nats)
 
