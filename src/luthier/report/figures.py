@@ -52,7 +52,7 @@ def loss(train: Sequence[Row], held_out: Sequence[Row], *, name: str) -> str:
     lines = _raw_and_smooth(train, "loss", axis, "train")
     if any("loss" in row for row in held_out):
         x, y = points(held_out, "loss", axis)
-        lines.append(Line(x=x, y=y, label="held-out", color=1, dots=True, best="min"))
+        lines.append(Line(x=x, y=y, label="held-out", color=1, dots=True))
     text = f"loss in nats per token over {axis}"
     return curve(lines, name=name, unit="nats/token", x_label=axis, description=text, scale="log")
 

@@ -60,7 +60,7 @@ def column(values: Sequence[object]) -> list[str]:
 
 def is_numeric(values: Iterable[str]) -> bool:
     """Whether a column reads as numbers (with units or intervals), so that it is set flush right."""
-    filled = [value for value in values if value != EMPTY]
+    filled = [value for value in values if value not in (EMPTY, "—")]
     return bool(filled) and all(NUMERIC.fullmatch(value) for value in filled)
 
 

@@ -42,7 +42,8 @@ from luthier.models.instella_config import sized_config
 from luthier.train.config import PretrainConfig
 from luthier.train.prepare import check_vocabulary
 
-EAGER_LIMIT = 512  # tokens; up to here plain matrix products beat SDPA in bf16 on a CPU
+# Tokens up to which plain matrix products are no slower than SDPA in bf16 on a CPU: benchmarks/attention_cpu.py.
+EAGER_LIMIT = 256
 COMPILED_STEPS = 500  # compiling takes about as long as 40 steps and saves a tenth to a fifth of each
 SAMPLE_TOKENS = 48
 GPU_ATTENTION = ("flex_attention", "flash_attention_2")  # on a CPU the one has no backward pass, the other does not run
