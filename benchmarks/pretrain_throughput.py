@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ from luthier.train.pretrain import choose_attention
 
 BATCH, LENGTH, WARM = 8, 256, 3  # sequences, tokens, steps of each turn that are not timed
 VOCABULARY = 2048
-SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def new_model() -> InstellaForCausalLM:
@@ -100,7 +101,8 @@ def our_rate(windows: np.ndarray, steps: int, dtype: str, *, compiled: bool) -> 
             objective=objective,
             state=TrainState(weights, torch.optim.AdamW(weights.masters.values(), **ADAMW, fused=True)),
             batch_at=batch_at,
-            learning_rate=lambda step: ADAMW["lr"],
+            learning_rate=lambda step: float(ADAMW["lr"]),
+            seed=0,
             meter=Meter(1.0, 1.0),
             checkpoints=Path(folder),
             run=None,
