@@ -115,7 +115,6 @@ def our_rate(windows: np.ndarray, steps: int, dtype: str, *, compiled: bool) -> 
             checkpoint_every=0,
             keep_checkpoints=1,
             eval_every=0,
-            sample_every=0,
         )
         train(job, settings, who, Console())
     return BATCH * LENGTH * (steps - WARM) / (stamps[steps] - stamps[WARM])

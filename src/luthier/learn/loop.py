@@ -45,7 +45,7 @@ class LoopSettings:
     checkpoint_every: int
     keep_checkpoints: int
     eval_every: int
-    sample_every: int
+    """Steps between evaluations, each followed by samples."""
     stop_after: int = 0
     """Save and stop after this many steps of this process, as if interrupted."""
 
@@ -163,11 +163,13 @@ def _checkpoint(job: Job, settings: LoopSettings, who: Ranks) -> None:
 def _look(job: Job, settings: LoopSettings, who: Ranks, *, last: bool) -> None:
     """Evaluate and sample where due. All ranks evaluate; the main one writes."""
     state = job.state
-    if job.evaluate is not None and (last or _due(state.step, settings.eval_every)):
+    if not (last or _due(state.step, settings.eval_every)):
+        return
+    if job.evaluate is not None:
         row = job.evaluate()
         if job.run is not None:
             job.run.log("eval", step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3), **row)
-    if job.sample is not None and job.run is not None and (last or _due(state.step, settings.sample_every)):
+    if job.sample is not None and job.run is not None:
         job.run.write_sample(state.step, job.sample())
 
 

@@ -174,7 +174,6 @@ def _loop_settings(config: PretrainConfig) -> LoopSettings:
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         eval_every=config.eval_every,
-        sample_every=config.eval_every,
         stop_after=config.stop_after,
     )
 
