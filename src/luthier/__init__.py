@@ -1,11 +1,20 @@
 """luthier makes, tunes and uses small language models.
 
 `import luthier` is light: it loads neither torch nor transformers. It tells transformers, as soon as that is imported,
-that `model_type: instella` exists, so that `AutoModelForCausalLM.from_pretrained(folder)` needs no remote code.
+that `model_type: instella` and `quant_method: paroquant` exist, so that `AutoModelForCausalLM.from_pretrained(folder)`
+needs no remote code.
 """
 
-from luthier.models.register import register_when_transformers_loads
+from luthier.models.register import register_when_transformers_loads, run_after_import
 
 __version__ = "0.1.0"
 
+
+def _register_quantizer() -> None:
+    from luthier.quantize.hook import register
+
+    register()
+
+
 register_when_transformers_loads()
+run_after_import("transformers.quantizers.auto", _register_quantizer)

@@ -7,6 +7,7 @@ Files in reading order:
 - `instella.py`         `InstellaModel` and `InstellaForCausalLM`, operation by operation
 - `initialization.py`   the paper's random weights, the same for every world size
 - `load.py`             strict loading and atomic saving of model folders
+- `stream.py`           any model one decoder layer at a time, from its safetensors files
 - `convert.py`          the original trainer's fused checkpoints to and from Hugging Face names
 - `register.py`         makes transformers' Auto classes know Instella, without importing transformers early
 """

@@ -73,7 +73,12 @@ def load_pretrained(
         ) from error
     model, report = loaded
     _check_report(source, report)
-    return model.to(device)
+    if model.device == torch.device(device):
+        return model
+    model = model.to(device)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.postprocess_model(model)  # kernels are made for a device
+    return model
 
 
 def check_weight_files(folder: Path) -> None:

@@ -11,7 +11,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 CONFIG_TABLE = "transformers.models.auto.configuration_auto"
@@ -19,10 +19,19 @@ CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 
 def register_when_transformers_loads() -> None:
     """Register the configuration now if transformers' table is loaded, else right after it loads."""
-    if CONFIG_TABLE in sys.modules:
-        register_config()
-    elif not any(isinstance(finder, _AfterConfigTable) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterConfigTable())
+    run_after_import(CONFIG_TABLE, register_config)
+
+
+def run_after_import(module: str, action: Callable[[], None]) -> None:
+    """Call `action` now if the module is loaded, else right after it loads; once per module until then."""
+    if module in sys.modules:
+        action()
+        return
+    waiting = next((finder for finder in sys.meta_path if isinstance(finder, _AfterImport)), None)
+    if waiting is None:
+        waiting = _AfterImport()
+        sys.meta_path.insert(0, waiting)
+    waiting.actions[module] = action
 
 
 def register_config() -> None:
@@ -48,23 +57,28 @@ def register_model() -> None:
     AutoModelForCausalLM.register(InstellaConfig, InstellaForCausalLM, exist_ok=True)
 
 
-class _AfterConfigTable:
-    """Import finder that waits for one module, runs `register_config` after it, and leaves."""
+class _AfterImport:
+    """Import finder that waits for some modules, runs an action after each, and leaves after the last."""
+
+    def __init__(self) -> None:
+        self.actions = dict[str, Callable[[], None]]()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != CONFIG_TABLE:
+        if name not in self.actions:
             return None
-        sys.meta_path.remove(self)
+        action = self.actions.pop(name)
+        if not self.actions:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            register_config()
+            action()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
