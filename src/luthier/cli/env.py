@@ -21,6 +21,10 @@ def run(config: EnvConfig, console: Console) -> None:
     with contextlib.suppress(MissingExtra):
         require("torch", "torch")
     found = snapshot()
+    if "torch_threads" in found:
+        from luthier.quantize.kernels.dispatch import summary
+
+        found["quantized_products"] = summary("cuda" if found["devices"] else "cpu")
     console.table("environment", ("what", "value"), list(_flat(found).items()))
     console.result(found)
 

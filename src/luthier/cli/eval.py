@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from luthier.cli.texts import first_documents, open_text, opening
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
@@ -63,8 +64,8 @@ def run(config: EvalConfig, console: Console) -> None:
 
     with ranks(config.device) as who, _open_run(config, is_main=who.is_main) as folder:
         tokenizer = load_tokenizer(config.model)
-        source = _head(_open_text(config.data, tokenizer), config.max_bytes)
-        given = _open_text(config.given, tokenizer) if config.given else None
+        source = first_documents(open_text(config.data, tokenizer), config.max_bytes)
+        given = open_text(config.given, tokenizer) if config.given else None
         model = load_pretrained(config.model, device=who.device)
         score = _score(model, tokenizer, source, config, who)
         if not who.is_main:
@@ -105,35 +106,6 @@ def _summary(score: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, An
     return {"verb": "eval", "headline": headline, "tables": [table], "score": score}
 
 
-def _open_text(spec: str, tokenizer: PreTrainedTokenizerFast) -> TextSource:
-    """A corpus as text; token shards are decoded."""
-    from luthier.data.shards import TokenShards
-    from luthier.data.sources import TextSource, open_source
-
-    if not (Path(spec) / "index.json").is_file():
-        return open_source(spec)
-    shards = TokenShards.open(Path(spec), tokenizer)
-    return TextSource(name=shards.name, documents=list(shards.decode_documents(tokenizer)))
-
-
-def _head(source: TextSource, max_bytes: int) -> TextSource:
-    if not max_bytes:
-        return source
-    kept, size = list[str](), 0
-    for document in source.documents:
-        size += len(document.encode())
-        if kept and size > max_bytes:
-            break
-        kept.append(document)
-    return type(source)(name=source.name, documents=kept)
-
-
-def _opening(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The token that opens a document, for models that have one of its own (others take the EOS before it)."""
-    bos = tokenizer.bos_token_id
-    return [] if bos is None or bos == tokenizer.eos_token_id else [bos]
-
-
 def _score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -155,7 +127,7 @@ def _score(
     last = 0
     for document in documents:
         first, last = last, last + len(document)
-        encoded[first][:0] = _opening(tokenizer)
+        encoded[first][:0] = opening(tokenizer)
         encoded[last - 1].append(tokenizer.eos_token_id)
     stream = TokenStream(
         tokens=np.concatenate([np.asarray(ids, np.int64) for ids in encoded]),
@@ -178,7 +150,7 @@ def _score(
         batch_size=config.batch_size,
         who=who,
     )
-    for bos in _opening(tokenizer):
+    for bos in opening(tokenizer):
         nats[stream.tokens == bos] = 0  # it is always there, so it tells nothing and costs nothing
     return {**code_length(stream, nats), "context": context}
 

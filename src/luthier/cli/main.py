@@ -45,9 +45,35 @@ VERBS = {
         "torch",
         stage=True,
     ),
+    "quantize": Verb(
+        "make a model's weights a few bits each, by scaled pairwise rotation",
+        "luthier.cli.quantize",
+        "luthier.quantize.config:QuantizeConfig",
+        "torch",
+        stage=True,
+    ),
+    "inspect": Verb(
+        "where the bits of a quantized model go, and who can load it",
+        "luthier.cli.inspect",
+        "luthier.cli.inspect:InspectConfig",
+        "torch",
+    ),
+    "compare": Verb(
+        "how far a model is from another: divergence, agreement, layers, size, speed",
+        "luthier.cli.compare",
+        "luthier.cli.compare:CompareConfig",
+        "torch",
+        stage=True,
+    ),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
     "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
     "report": Verb("write a run as one HTML file", "luthier.cli.report", "luthier.cli.report:ReportConfig"),
+    "bench": Verb(
+        "tokens per second of local models, in turn",
+        "luthier.cli.bench",
+        "luthier.cli.bench:BenchConfig",
+        "torch",
+    ),
     "env": Verb("versions, machine and devices", "luthier.cli.env", "luthier.cli.env:EnvConfig"),
 }
 

@@ -1,7 +1,7 @@
 """One self-contained HTML file from a run folder, a recipe folder or a folder of runs to compare; torch-free.
 
-Reading order: record (what a folder holds), curves (rows to numbers worth drawing), figures (rows to SVG),
-axes (lines and labels), svg (colors that follow the page, ids that do not clash), tables, sections (the table of what
-a report shows), compare, html (the page). To add a section: write a function `Record -> str` and name it in
-`sections.SECTIONS`.
+Reading order: record (what a folder holds), curves (rows to numbers worth drawing), figures (rows to SVG), layers
+(of quantized models), axes (lines and labels), svg (colors that follow the page, ids that do not clash), tables,
+sections (the table of what a report shows), compare, html (the page). To add a section: write a function
+`Record -> str` and name it in `sections.SECTIONS`.
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from luthier.core.config import dump_yaml
-from luthier.report import figures
+from luthier.report import figures, layers
 from luthier.report.curves import Row, constant, measured_keys, number, smoothing_window
 from luthier.report.record import Record
 from luthier.report.tables import cell, flatten, table
@@ -24,7 +24,14 @@ VALUE = re.compile(
 # What is drawn beside the losses: key of the train rows -> (title, unit, whether single rows are noisy). All from zero.
 OPTIMIZATION = {"learning_rate": ("Learning rate", "", False), "grad_norm": ("Gradient norm", "", True)}
 THROUGHPUT = {"tokens_per_second": ("Tokens per second", "", True), "mfu": ("MFU", "fraction of peak", True)}
-DRAWN = {"train": {"loss", *OPTIMIZATION, *THROUGHPUT}, "eval": {"loss", "bits_per_byte", "low", "high", "documents"}}
+DRAWN = {
+    "train": {"loss", *OPTIMIZATION, *THROUGHPUT},
+    "eval": {"loss", "bits_per_byte", "low", "high", "documents"},
+    "layer": {"layer", *layers.STAGES},
+    "hidden": {"layer", "relative_error"},
+    "divergence": {"percent", "nats"},
+}
+BY_LAYER = {"layer", "hidden", "divergence"}  # kinds of rows that no training made
 
 
 def headline(record: Record) -> str:
@@ -54,6 +61,8 @@ def results(record: Record) -> str:
 
 def losses(record: Record) -> str:
     """Loss and bits per byte over the run."""
+    if BY_LAYER & set(record.rows):
+        return ""
     if not record.train and not record.held_out:
         return '<p class="none">No training or evaluation rows yet.</p>' if record.state != "finished" else ""
     drawn: list[str] = []
@@ -80,6 +89,22 @@ def _interval_note(held_out: Sequence[Row]) -> str:
     documents = sorted({row["documents"] for row in held_out if "documents" in row})
     over = f" over {' or '.join(map(cell, documents))} held-out documents" if documents else ""
     return f"Band: confidence interval{over}." if any("low" in row for row in held_out) else ""
+
+
+def by_layer(record: Record) -> str:
+    """What quantizing did to each layer, and how far two models are apart."""
+    parts = [
+        ("Validation loss by layer", layers.losses_by_layer, "layer", ""),
+        ("Error of the hidden states", layers.hidden_errors, "layer", "On the validation windows."),
+        ("Error of the hidden states", layers.hidden_errors, "hidden", "The last point is after the final norm."),
+        ("KL divergence over tokens", layers.divergence_quantiles, "divergence", "Divergence of so many % of tokens."),
+    ]
+    drawn = [
+        (title, draw(record.rows[kind], name=_name(record, kind)), note)
+        for title, draw, kind, note in parts
+        if kind in record.rows
+    ]
+    return _grid(_figure(title, svg, note) for title, svg, note in drawn if svg)
 
 
 def optimization(record: Record) -> str:
@@ -209,6 +234,7 @@ Sections = Sequence[tuple[str, Callable[[Record], str]]]
 SECTIONS: Sections = (
     ("", headline),
     ("Results", results),
+    ("Layers", by_layer),
     ("Learning curves", losses),
     ("Optimization", optimization),
     ("Throughput", throughput),
