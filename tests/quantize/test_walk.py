@@ -337,6 +337,12 @@ def test_ids_outside_the_vocabulary_are_told(bad: int, setup: Callable[..., Setu
         setup(windows=windows).run()
 
 
+def test_windows_longer_than_the_model_reads_are_refused(setup: Callable[..., Setup]) -> None:
+    ids = torch.zeros(1, 100, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="sequence_length: got 100, but the model reads at most 64 tokens"):
+        setup(windows=Windows(ids, ids)).run()
+
+
 def test_a_method_must_quantize_everything(setup: Callable[..., Setup]) -> None:
     with pytest.raises(ValueError, match="the method gave"):
         setup().run(lambda task: {name: weight for name, weight in rtn(task).items() if "q_proj" not in name})

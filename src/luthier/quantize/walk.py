@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from luthier.core.config import digest, to_mapping
 from luthier.core.console import Console
-from luthier.core.errors import CheckpointError, DataError, Interrupted
+from luthier.core.errors import CheckpointError, ConfigError, DataError, Interrupted
 from luthier.core.files import remove_leftovers, sha256_bytes
 from luthier.models.stream import Arguments, LayerStream
 from luthier.quantize.activations import HiddenStates, check_memory
@@ -244,8 +244,14 @@ class _Walk:
 
 
 def _check_ids(stream: LayerStream, windows: Windows) -> None:
-    rows = stream.config.get_text_config().vocab_size
+    settings = stream.config.get_text_config()
+    rows, limit = settings.vocab_size, getattr(settings, "max_position_embeddings", None)
     for ids in windows:
+        if limit is not None and ids.shape[-1] > limit:
+            raise ConfigError(
+                f"sequence_length: got {ids.shape[-1]}, but the model reads at most {limit} tokens",
+                hint=f"give --sequence-length {limit} or less",
+            )
         if ids.dim() != 2 or not ids.numel():
             raise DataError(f"windows of shape {tuple(ids.shape)}, expected (n, tokens)", hint="give some text")
         low, high = int(ids.min()), int(ids.max())
