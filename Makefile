@@ -18,6 +18,7 @@ lint: .venv/dev.stamp       ## style and types
 
 bench: .venv/dev.stamp      ## rerun the benchmarks and append to benchmarks/results/
 	$(BIN)/python benchmarks/pretrain_throughput.py
+	$(BIN)/python benchmarks/decode.py
 
 .venv/pip.stamp:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "luthier needs Python 3.11 or newer: make PYTHON=python3.12"'

@@ -1,6 +1,6 @@
 """What each part of the method is worth: rounds, scales, angles, samples, and the angles' gradient.
 
-    python benchmarks/quantize_ablation.py --model FOLDER --data CALIBRATION --test TEXT [--seeds 0 1 2] [--bits 4]
+    python benchmarks/quantize_ablation.py [--model FOLDER --data CALIBRATION --test TEXT] [--seeds 0 1 2] [--bits 4]
 
 Every arm is the preset `quick` with one thing changed. KL to the original model, 95 % intervals over documents after
 averaging over seeds, and its ratio to the first arm, paired by document.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantize_quality import Outcome, documents_of, mean_kl, run_arm, settings
+from quantize_quality import TOUR, Outcome, documents_of, mean_kl, run_arm, settings
 from record import record
 
 from luthier.core.stats import bootstrap_ratio
@@ -34,8 +34,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "not shared": {"share": False},
     "scales start at 1": {"scale_start": "ones"},
     "stage 2 from rounding": {"start": "rtn"},
-    "32 windows": {"samples": 32},
-    "512 windows": {"samples": 512},
+    "16 windows": {"samples": 16},
+    "128 windows": {"samples": 128},
     "stage 1 alone": {"start": "rtn", "epochs": (4, 0)},
     # The gradient, in the published stage 1 (no search, no guard) at the published rate and at a fifth of it.
     "published stage 1, exact": {**PUBLISHED, "start": "rtn", "epochs": (4, 0)},
@@ -48,16 +48,16 @@ ARMS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Run the arms and append one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", default="python-prose")
-    parser.add_argument("--test", required=True)
+    parser.add_argument("--model", type=Path, default=TOUR / "model")
+    parser.add_argument("--data", default=str(TOUR / "data" / "train-0"))
+    parser.add_argument("--test", default=str(TOUR / "data" / "held-out"))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--validation-samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--pieces", type=int, default=32)
+    parser.add_argument("--pieces", type=int, default=24)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     options = parser.parse_args()

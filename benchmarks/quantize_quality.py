@@ -1,11 +1,13 @@
 """Quality of quantization at equal bits: KL to the original model of every method on the same text.
 
-    python benchmarks/quantize_quality.py --model FOLDER --data CALIBRATION --test TEXT [--bits 4 3] [--seeds 0 1 2]
+    python benchmarks/quantize_quality.py [--model FOLDER --data CALIBRATION --test TEXT] [--bits 4 3] [--seeds 0 1 2]
                                           [--methods rtn awq gptq rotated-gptq quick paper] [--group-size 32]
 
-All methods run on the same quantizer, so codes, step sizes and zero points take the same room; the transforms of
-rotated methods come on top and are counted in their own column. Intervals are 95 %, over documents; ratios are
-paired by document. For several seeds the divergences of a document are averaged before that, and their range is shown.
+Without options: the model of `make run`, calibrated on its training text and compared on its held-out text (`llama2c.py`
+converts a model of llama2.c first). All methods run on the same quantizer, so codes, step sizes and zero points take the
+same room; the transforms of rotated methods come on top and are counted in their own column. Intervals are 95 %, over
+documents; ratios are paired by document. For several seeds the divergences of a document are averaged before that, and
+their range is shown.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ import torch
 from record import record
 from transformers import PreTrainedModel
 
+from luthier.cli.texts import open_text
 from luthier.core.config import build
 from luthier.core.console import Console
 from luthier.core.stats import bootstrap_ratio
 from luthier.data.files import cut_paragraphs
-from luthier.data.sources import open_source
 from luthier.data.tokenizer import encode_texts, load_tokenizer
 from luthier.models.load import load_pretrained
 from luthier.models.stream import LayerStream
@@ -40,6 +42,7 @@ from luthier.quantize.outliers import inject_outliers
 from luthier.quantize.walk import quantize_layers
 from luthier.quantize.weights import QuantizedWeight
 
+TOUR = Path("runs/tour/01-pretrain")  # of `make run`, the default model and its text
 # name in the table -> settings; `paper` has the published settings but for the number of windows, which the text limits
 ARMS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
@@ -64,7 +67,7 @@ class Outcome:
 
 def documents_of(spec: str, tokenizer: Any, limit: int) -> list[list[int]]:
     """Token ids of pieces of about 8 kB, each after the token that opens a document."""
-    pieces = [piece for document in open_source(spec).documents for piece in cut_paragraphs(document)]
+    pieces = [piece for document in open_text(spec, tokenizer).documents for piece in cut_paragraphs(document)]
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [[opening, *ids] for ids in encode_texts(tokenizer, pieces[:limit])]
 
@@ -165,9 +168,9 @@ def settings(options: argparse.Namespace, arm: str, bits: int, seed: int) -> Qua
 def main() -> None:
     """Run all arms at all widths and append a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", default="python-prose", help="calibration text")
-    parser.add_argument("--test", required=True, help="text to compare on; not among the calibration text")
+    parser.add_argument("--model", type=Path, default=TOUR / "model")
+    parser.add_argument("--data", default=str(TOUR / "data" / "train-0"), help="calibration text")
+    parser.add_argument("--test", default=str(TOUR / "data" / "held-out"), help="other text, to compare on")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
