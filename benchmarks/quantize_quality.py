@@ -3,11 +3,10 @@
     python benchmarks/quantize_quality.py [--model FOLDER --data CALIBRATION --test TEXT] [--bits 4 3] [--seeds 0 1 2]
                                           [--methods rtn awq gptq rotated-gptq quick paper] [--group-size 32]
 
-Without options: the model of `make run`, calibrated on its training text and compared on its held-out text (`llama2c.py`
-converts a model of llama2.c first). All methods run on the same quantizer, so codes, step sizes and zero points take the
-same room; the transforms of rotated methods come on top and are counted in their own column. Intervals are 95 %, over
-documents; ratios are paired by document. For several seeds the divergences of a document are averaged before that, and
-their range is shown.
+Without options: the model of `make run`, calibrated on its training text and compared on its held-out text. All methods
+run on the same quantizer, so codes, step sizes and zero points take the same room; the transforms of rotated methods
+come on top and are counted in their own column. Intervals are 95 %, over documents; ratios are paired by document. For
+several seeds the divergences of a document are averaged before that, and their range is shown.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_the_same_settings_give_the_same_bits() -> None:
 def test_a_rate_that_diverges_is_lowered_and_never_makes_it_worse() -> None:
     log: list[Mapping[str, Any]] = []
     paroquant(make_task(log, learning_rate_transform=5.0, learning_rate_weight=50.0))
-    assert {row["stage"] for row in log if "diverged_at" in row} >= {2}
+    assert any("restarts_stage2" in row for row in log)
     assert log[-1]["loss_stage1"] <= log[-1]["loss_rounded"]
     assert log[-1]["loss_stage2"] <= log[-1]["loss_fixed"]
 

@@ -82,7 +82,7 @@ def train_stage(
         best = _run_epochs(task, students, trained, slower, epochs=epochs, initial=initial)
         if best is not None:
             return best
-        task.log({"layer": task.index, "stage": stage, "diverged_at": slower})
+        task.log({f"restarts_stage{stage}": attempt + 1})
         _restore(trained, before)
     return initial
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.core.errors import CheckpointError
+from luthier.models.stream import decoder_layers
 from luthier.quantize.config import QuantizeConfig
 from luthier.quantize.layer import EXPERT_MATRICES
 from luthier.quantize.tensors import expected, is_experts
@@ -70,17 +71,6 @@ class Plan:
     def file_bits(self) -> float:
         """Bits of the checkpoint per parameter of the model."""
         return 8 * self.file_bytes / (self.weights + self.other_parameters)
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the modules of a model's decoder layers. CheckpointError for an architecture without such a list."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and name.rpartition(".")[2] in ("layers", "h", "blocks"):
-            return name, module
-    raise CheckpointError(
-        f"{type(model).__name__}: no list of decoder layers in it",
-        hint="architectures like Llama, Qwen3, OLMo 2 and Instella can be quantized",
-    )
 
 
 def plan(model: PreTrainedModel, config: QuantizeConfig) -> Plan:

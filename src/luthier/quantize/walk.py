@@ -28,6 +28,7 @@ from luthier.core.config import digest, to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import CheckpointError, ConfigError, DataError, Interrupted
 from luthier.core.files import remove_leftovers, sha256_bytes
+from luthier.learn.meters import prefers_bf16
 from luthier.models.stream import Arguments, LayerStream
 from luthier.quantize.activations import HiddenStates, check_memory
 from luthier.quantize.calibration import Windows
@@ -75,7 +76,8 @@ def quantize_layers(
     _check_ids(stream, windows)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    walk = _Walk(stream, method, config, folder, console, log, torch.device(device), _settings(config, windows))
+    device = torch.device(device)
+    walk = _Walk(stream, method, config, folder, console, log, device, _settings(config, windows, device))
     missing = walk.missing()
     walk.verify(range(missing[-1] + 1 if missing else 0, stream.num_layers))
     if missing:
@@ -261,9 +263,11 @@ def _check_ids(stream: LayerStream, windows: Windows) -> None:
             )
 
 
-def _settings(config: QuantizeConfig, windows: Windows) -> str:
+def _settings(config: QuantizeConfig, windows: Windows, device: torch.device) -> str:
     """Identity of everything but the model's weights that decides a layer's codes."""
     values = {key: value for key, value in to_mapping(config).items() if key not in NOT_OF_LAYERS}
+    if config.precision == "auto":  # what it means here: a device that decides otherwise makes other layers
+        values["precision"] = "bf16" if prefers_bf16(device) else "fp32"
     return digest({**values, "windows": [sha256_bytes(ids.cpu().contiguous().numpy().tobytes()) for ids in windows]})
 
 
