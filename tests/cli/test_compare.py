@@ -98,7 +98,8 @@ def test_models_with_other_tokenizers_are_refused(compare: Command, models: Path
 
 
 def test_a_context_beyond_the_models_is_refused(models: Path, luthier: Command, tmp_path: Path) -> None:
-    outcome = luthier("compare", models / "a", models / "b", "--context", "99999", "--out", tmp_path / "run")
+    options = ["--data", models / "text.txt", "--context", "99999", "--out", tmp_path / "run"]
+    outcome = luthier("compare", models / "a", models / "b", *options)
     assert "but the models read at most" in outcome.error
 
 

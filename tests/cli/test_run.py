@@ -113,7 +113,7 @@ def test_the_papers_recipe_says_its_size_without_torch() -> None:
 
 def test_a_dry_run_writes_nothing_and_gives_one_object(luthier: Command, tmp_path: Path) -> None:
     outcome = luthier("run", RECIPES / "tour.yaml", "--out", tmp_path / "out", "--dry-run", "--json")
-    assert list(json.loads(outcome.out)["stages"]) == ["pretrain", "eval"]
+    assert list(json.loads(outcome.out)["stages"]) == ["pretrain", "eval", "quantize", "compare"]
     assert not (tmp_path / "out").exists()
 
 

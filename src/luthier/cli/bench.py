@@ -106,8 +106,13 @@ def _memory(model: PreTrainedModel) -> int:
 
 
 def _kernel(model: PreTrainedModel) -> str:
-    """What a quantized model says of the kernels that it runs on; '' for an ordinary one."""
-    return str(getattr(model, "luthier_kernel", ""))
+    """The kernels that a quantized model runs on, and why; '' for an ordinary one."""
+    from luthier.quantize.linear import RotatedLinear
+    from luthier.quantize.sharing import describe
+
+    modules = [module for module in model.modules() if isinstance(module, RotatedLinear)]
+    used = {describe((module.shared or module).runner(module.dtype)) for module in modules}
+    return "; ".join(f"{product} ({why}), {rotation}" for product, why, rotation in sorted(used))
 
 
 def _result(model: PreTrainedModel, speed: Speed) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -193,7 +193,7 @@ def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
     tokenizer = load_tokenizer(config.model)
     raw = config.raw
     if not config.chat and not raw:
-        pretrained = read_provenance(Path(config.model)).get("verb") == "pretrain"
+        pretrained = _only_pretrained(read_provenance(Path(config.model)))
         raw = pretrained or tokenizer.chat_template is None
         if raw and config.system is not None:
             raise ConfigError(f"{config.model} is a base model: --system means nothing to it", hint="add --chat")
@@ -201,6 +201,13 @@ def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
             why = "was only pretrained" if pretrained else "has no chat template"
             console.status(f"{config.model} {why}: it continues your text (--chat for the chat format)")
     return LocalModel(network, tokenizer, name=config.model), raw
+
+
+def _only_pretrained(provenance: Mapping[str, Any]) -> bool:
+    """Whether a model has seen no conversation: it was pretrained, or is the quantized version of such a one."""
+    if provenance.get("verb") == "quantize":
+        return any(parent.get("verb") == "pretrain" for parent in provenance.get("parents", []))
+    return provenance.get("verb") == "pretrain"
 
 
 def _only_message(config: ChatConfig) -> str:

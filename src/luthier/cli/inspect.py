@@ -82,7 +82,7 @@ def _format_table(found: Inspection) -> dict[str, Any]:
         ["modules that share pairs", f"{found.shared_pairs:.0%}"],
         ["modules that share the whole transform", f"{found.shared_transforms:.0%}"],
     ]
-    return {"title": "format", "columns": ["", "value"], "rows": rows}
+    return {"title": "Format", "columns": ["", "value"], "rows": rows}
 
 
 def _readers_table(found: Inspection) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _readers_table(found: Inspection) -> dict[str, Any]:
         for reader in sorted(found.readers, key=lambda reader: bool(reader.reasons))
     ]
     note = "From the readers' code and this folder's headers; none of them was run."
-    return {"title": "who can load it", "columns": ["program", "", "why not"], "rows": rows, "note": note}
+    return {"title": "Who can load it", "columns": ["program", "", "why not"], "rows": rows, "note": note}
 
 
 def _plain(found: Inspection) -> dict[str, Any]:

@@ -141,8 +141,26 @@ def _dispatch(arguments: list[str], *, debug: bool) -> int:
     config: Any = parse(load_config(name), [a for a in arguments[1:] if a not in OPTIONS], f"luthier {name}")
     with _output() as out:
         console = Console(as_json="--json" in arguments, out=out, err=out)
-        _execute(name, config, console, dry="--dry-run" in arguments)
+        with _notes(console):
+            _execute(name, config, console, dry="--dry-run" in arguments)
     return 0
+
+
+@contextlib.contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Show what luthier's modules log, such as the kernels that a quantized model runs on."""
+    import logging
+
+    logger, handler = logging.getLogger("luthier"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: console.status(record.getMessage())  # type: ignore[method-assign]
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
-from luthier.core.errors import CheckpointError, require
+from luthier.core.errors import CheckpointError, ConfigError, require
 from luthier.core.files import read_json
 from luthier.core.run import RunFolder
 from luthier.quantize.config import QuantizeConfig
@@ -51,6 +51,7 @@ def run(config: QuantizeConfig, console: Console) -> None:
 
     device, source = choose_device(config.device), source_folder(config.model)
     empty = empty_model(str(source))
+    _check_length(config, empty)
     planned, expected = plan(empty, config), expected_memory(empty, config)
     stream = LayerStream.open(source)
     opened = RunFolder.open(config.out, to_mapping(config), may_change=config.RESUMABLE_CHANGES)
@@ -58,7 +59,7 @@ def run(config: QuantizeConfig, console: Console) -> None:
         console.table(f"quantize {config.model}", ("quantity", "value"), plan_rows(planned, config))
         console.table("memory at most", ("item", "size"), expected.rows())
         found, began = _windows(config, source, device, console), time.perf_counter()
-        meter = PeakMeter(str(device))
+        meter, done = PeakMeter(str(device)), len(folder.metrics("layer"))
         quantized = quantize_layers(
             stream,
             found,
@@ -71,8 +72,19 @@ def run(config: QuantizeConfig, console: Console) -> None:
         )
         memory, seconds = meter.line(expected, spilled=config.spill is not None), time.perf_counter() - began
         console.status(memory)
+        if done == len(folder.metrics("layer")):  # nothing was left to do: what the run took was measured before
+            memory = folder.summary.get("memory", memory)
         _write(config, source, quantized, folder)
         _finish(config, source, folder, memory, seconds, console)
+
+
+def _check_length(config: QuantizeConfig, empty: PreTrainedModel) -> None:
+    limit = getattr(empty.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.sequence_length > limit:
+        raise ConfigError(
+            f"sequence_length: got {config.sequence_length}, but the model reads at most {limit} tokens",
+            hint=f"give --sequence-length {limit} or less",
+        )
 
 
 def expected_memory(empty: PreTrainedModel, config: QuantizeConfig) -> Estimate:
@@ -101,13 +113,20 @@ def _write(config: QuantizeConfig, source: Path, quantized: Mapping[str, Quantiz
     import torch
 
     from luthier.core.files import sha256_file
+    from luthier.models.load import read_provenance
     from luthier.quantize.checkpoint import write_checkpoint
 
     settings = {name: getattr(config, name) for name in ("method", "pairing", "share", "rounds", "seed")}
     provenance = {
         "verb": "quantize",
         "config": to_mapping(config),
-        "parents": [{"name": config.model, "config_sha256": sha256_file(source / "config.json")}],
+        "parents": [
+            {
+                "name": config.model,
+                "verb": read_provenance(source).get("verb", ""),
+                "config_sha256": sha256_file(source / "config.json"),
+            }
+        ],
         "data": [{"name": config.data, "sha256": sha256_file(config.out / "data" / "windows.safetensors")}],
         "env": folder.env,
     }
@@ -127,42 +146,52 @@ def _finish(
 ) -> None:
     from luthier.report.html import write_report
 
-    model = config.out / "model"
+    model, rows = config.out / "model", folder.metrics("layer")
     before, after = (sum(file.stat().st_size for file in where.glob("*.safetensors")) for where in (source, model))
-    rows = folder.metrics("layer")
+    bits, tables = _contents(config, model)
     headline = {
+        **bits,
         "weights on disk": f"{after / 1e6:,.2f} MB (from {before / 1e6:,.2f})",
-        "error after the last layer": f"{rows[-1]['relative_error']:.4f} of the hidden states" if rows else "—",
+        "relative error after the last layer": f"{rows[-1]['relative_error']:.4f}" if rows else "—",
         "time": f"{sum(row['seconds'] for row in rows) / 60:.1f} min",
+        "peak memory": _short(memory),
     }
-    if not config.pseudo:
-        from luthier.quantize.inspect import inspect_checkpoint
-
-        found = inspect_checkpoint(model)
-        headline = {"bits per weight": f"{found.body.total_bits:.3f} with metadata", **headline}
-    folder.write_summary({"verb": "quantize", "headline": headline, "tables": [_layer_table(rows)], "context": memory})
+    summary = {"verb": "quantize", "headline": headline, "tables": [*tables, _layer_table(rows)], "memory": memory}
+    folder.write_summary(summary)
     report = write_report(folder.path)
     for name, value in headline.items():
         console.print(f"{name}: {value}")
     console.print(f"model: {model}")
     console.print(f"report: {report}")
     console.print(f"how far it is from the original: luthier compare {config.model} {model}")
+    console.print(f"talk to it: luthier chat {model}")
     console.result({**headline, "seconds": seconds, "model": str(model), "report": str(report)})
 
 
+def _short(memory: str) -> str:
+    """'51.6 MiB (estimated 26.3 MiB)' of a line of `PeakMeter`: that of the device where the layers were."""
+    measured, _, estimated = memory.rpartition("; GPU ")[2].removeprefix("peak: memory ").partition(", estimated ")
+    return f"{measured} (estimated {estimated})"
+
+
+def _contents(config: QuantizeConfig, model: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """What of the headline, and which tables, tell where the bits are; nothing for ordinary weights."""
+    if config.pseudo:
+        from luthier.quantize.plan import BYTES
+
+        return {"bits per weight": f"{8 * BYTES[config.dtype]} (values of {config.bits} bits)"}, []
+    from luthier.cli.inspect import tables
+    from luthier.quantize.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(model)
+    return {"bits per weight, with metadata": f"{found.body.total_bits:.3f}"}, tables(found)
+
+
 def _layer_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    cells = [
-        [
-            row["layer"],
-            f"{row['loss_before']:.3g}",
-            f"{row['loss']:.3g}",
-            f"{row['relative_error']:.4f}",
-            row["seconds"],
-        ]
-        for row in rows
-    ]
+    formats = {"loss_before": ".3g", "loss": ".3g", "relative_error": ".4f", "seconds": ".1f"}
+    cells = [[row["layer"], *(format(row[key], digits) for key, digits in formats.items())] for row in rows]
     return {
-        "title": "layers",
+        "title": "Layers",
         "columns": ["layer", "loss before", "loss after", "relative error", "seconds"],
         "rows": cells,
         "note": "On the validation windows. Before: original weights on what the quantized layers before it give.",

@@ -76,10 +76,15 @@ def recipe_folder() -> Path:
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check every stage, and print what the ones that can tell would cost."""
     results: dict[str, dict[str, Any]] = {}
-    for stage in read_recipe(find_recipe(config.recipe), _folder(config), config.set):
+    stages = read_recipe(find_recipe(config.recipe), _folder(config), config.set)
+    folders = {stage.name: stage.folder for stage in stages}
+    for stage in stages:
         console.print(f"{stage.folder.name}: {stage.verb}, settings are valid")
         module, of_stage = importlib.import_module(VERBS[stage.verb].module), StageConsole(console)
-        if hasattr(module, "dry_run"):
+        waiting = [name for name in stage.needs if not folders[name].exists()]
+        if hasattr(module, "dry_run") and waiting:
+            console.print(f"  what it costs is known once {' and '.join(waiting)} has run")
+        elif hasattr(module, "dry_run"):
             module.dry_run(stage.config, of_stage)
         results[stage.name] = of_stage.values
     console.result({"stages": results})

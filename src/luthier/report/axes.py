@@ -78,7 +78,8 @@ def scale_x(axes: Axes, x: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     start, end = min([0, *x]), max([1, *x])
-    axes.set_xlim(start, end + 0.015 * (end - start))  # so that a dot at the end is whole
+    margin = 0.015 * (end - start)  # so that a dot at the end is whole, or at zero
+    axes.set_xlim(start - margin if start in x else start, end + margin)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 

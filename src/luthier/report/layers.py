@@ -9,16 +9,19 @@ from luthier.report import figures
 from luthier.report.axes import Line
 from luthier.report.curves import Row, number
 
-# Key of the `layer` rows -> label, in the order in which a layer goes through them.
+# Key of the `layer` rows -> label, in the order in which a layer goes through them; methods without stages have the
+# second pair.
 STAGES = {"loss_rounded": "rounded", "loss_stage1": "stage 1", "loss_fixed": "codes set", "loss_stage2": "stage 2"}
+ENDS = {"loss_before": "original", "loss": "quantized"}
 
 
 def losses_by_layer(rows: Sequence[Row], *, name: str) -> str:
     """The validation loss of each layer after each of its stages; '' without any."""
+    keys = STAGES if any("loss_stage1" in row for row in rows) else ENDS
     lines = [
         Line(x=x, y=y, label=label, color=color, dots=True)
-        for color, (key, label) in enumerate(STAGES.items())
-        for x, y in [_points(rows, "layer", key)]
+        for color, (key, label) in enumerate(keys.items())
+        for x, y in [_positive(*_points(rows, "layer", key))]
         if x
     ]
     if not lines:
@@ -39,11 +42,10 @@ def hidden_errors(rows: Sequence[Row], *, name: str) -> str:
 
 def divergence_quantiles(rows: Sequence[Row], *, name: str) -> str:
     """The divergence that so many percent of the tokens stay below; '' without any."""
-    x, y = _points(rows, "percent", "nats")
-    shown = [(percent, nats) for percent, nats in zip(x, y, strict=True) if nats > 0]  # identical models have none
-    if not shown:
+    x, y = _positive(*_points(rows, "percent", "nats"))
+    if not x:
         return ""
-    line = Line(x=[percent for percent, _ in shown], y=[nats for _, nats in shown], dots=True)
+    line = Line(x=x, y=y, dots=True)
     text = "quantiles of KL(A‖B) over tokens, in nats"
     return figures.curve([line], name=name, unit="nats", x_label="% of tokens", description=text, scale="log")
 
@@ -53,3 +55,9 @@ def _points(rows: Sequence[Row], at: str, key: str) -> tuple[list[float], list[f
     found = {number(row[at]): number(row[key]) for row in rows if key in row and at in row}
     kept = sorted((x, y) for x, y in found.items() if math.isfinite(x) and math.isfinite(y))
     return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _positive(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """The points that a logarithmic axis can show."""
+    kept = [(a, b) for a, b in zip(x, y, strict=True) if b > 0]
+    return [a for a, _ in kept], [b for _, b in kept]

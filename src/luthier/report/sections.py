@@ -27,7 +27,7 @@ THROUGHPUT = {"tokens_per_second": ("Tokens per second", "", True), "mfu": ("MFU
 DRAWN = {
     "train": {"loss", *OPTIMIZATION, *THROUGHPUT},
     "eval": {"loss", "bits_per_byte", "low", "high", "documents"},
-    "layer": {"layer", *layers.STAGES},
+    "layer": {"layer", "stage", "relative_error", "seconds", *layers.STAGES, *layers.ENDS},
     "hidden": {"layer", "relative_error"},
     "divergence": {"percent", "nats"},
 }
@@ -93,18 +93,24 @@ def _interval_note(held_out: Sequence[Row]) -> str:
 
 def by_layer(record: Record) -> str:
     """What quantizing did to each layer, and how far two models are apart."""
+    mean = "‖difference‖ / ‖original‖ over the validation windows."
     parts = [
-        ("Validation loss by layer", layers.losses_by_layer, "layer", ""),
-        ("Error of the hidden states", layers.hidden_errors, "layer", "On the validation windows."),
+        ("Validation loss by layer", layers.losses_by_layer, "layer", _loss_by_layer_note(record)),
+        ("Relative error by layer", layers.hidden_errors, "layer", mean),
         ("Error of the hidden states", layers.hidden_errors, "hidden", "The last point is after the final norm."),
-        ("KL divergence over tokens", layers.divergence_quantiles, "divergence", "Divergence of so many % of tokens."),
+        ("KL divergence over tokens", layers.divergence_quantiles, "divergence", "So many % of tokens diverge less."),
     ]
     drawn = [
-        (title, draw(record.rows[kind], name=_name(record, kind)), note)
-        for title, draw, kind, note in parts
+        (title, draw(record.rows[kind], name=_name(record, kind, number)), note)
+        for number, (title, draw, kind, note) in enumerate(parts)
         if kind in record.rows
     ]
     return _grid(_figure(title, svg, note) for title, svg, note in drawn if svg)
+
+
+def _loss_by_layer_note(record: Record) -> str:
+    slowed = [cell(row["layer"]) for row in record.rows.get("layer", ()) if row.get("diverged_at")]
+    return f"Started again at a lower rate: layers {', '.join(slowed)}." if slowed else ""
 
 
 def optimization(record: Record) -> str:
