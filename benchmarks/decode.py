@@ -1,8 +1,8 @@
 """Decoding speed on a CPU, batch 1, greedy, with random weights in the shape of Qwen3-0.6B; speed needs no others.
 
 Contestants take turns in one process, so that a noisy machine disturbs all: bf16; plain int4 (the same kernel and
-merged products, no rotation); ours with transforms shared among siblings; ours with one for each matrix. With
-`--llama-python`, the Python of an environment that has llama-cpp-python and gguf, llama.cpp's Q4_0 and Q4_K_M of the
+merged products, no rotation); ours with transforms shared among siblings, for K = 8 and 4; ours with one for each
+matrix. With `--llama-python`, the Python of an environment that has llama-cpp-python and gguf, llama.cpp's Q4_0 and Q4_K_M of the
 same shape take their turns too, in a process of their own.
 
     OMP_NUM_THREADS=2 python benchmarks/decode.py [--rounds 8] [--tokens 16] [--llama-python /tmp/llama/bin/python]
@@ -182,6 +182,7 @@ def main() -> None:
         "bf16": dense,
         "int4": quantized(dense, 0, share=True),
         "ours": quantized(dense, ROUNDS, share=True),
+        "ours, K = 4": quantized(dense, 4, share=True),
         "ours, not shared": quantized(dense, ROUNDS, share=False),
         "int4, 8-bit head": quantized(dense, 0, share=True, head_bits=8),
         "ours, 8-bit head": quantized(dense, ROUNDS, share=True, head_bits=8),
@@ -202,7 +203,7 @@ def main() -> None:
             if isinstance(decode, Llama):
                 decode.close()
     against = [("ours", name) for name in contestants if name != "ours"]
-    against += [("int4", "bf16"), ("ours, not shared", "int4")]
+    against += [("int4", "bf16"), ("ours, not shared", "int4"), ("ours, K = 4", "int4"), ("ours, K = 4", "bf16")]
     against += [("ours, 8-bit head", name) for name in contestants if name.startswith(("bf16", "int4, ", "llama"))]
     record(
         "decode",

@@ -1,8 +1,9 @@
 """Rotation and quantized linear layers on a CUDA device; it says so and stops where there is none.
 
 Rotation: Triton by rounds and by dense blocks, torch's block product, and a plain copy of x as the floor. Linear
-layers: ours (rotation and product, and the product alone), torch's int4 product (bf16 scales, no rotation) and bf16.
-Every time is the median of calls replayed from a CUDA graph, with the L2 cache cleared before each, in microseconds.
+layers: ours (rotation and product; one row in one launch; the product alone), torch's int4 product (bf16 scales, no
+rotation) and bf16. Every time is the median of calls replayed from a CUDA graph, with the L2 cache cleared before each,
+in microseconds.
 
     python benchmarks/rotation_gpu.py
 """
@@ -92,7 +93,8 @@ def linears(x: Tensor, weight: QuantizedWeight, packed: gpu.GpuWeight) -> dict[s
     tiny = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
     steps = weight.steps.cuda().float()
     grid = torch.stack([steps, (8 - weight.points.cuda().float()) * steps], -1).transpose(0, 1).bfloat16().contiguous()
-    return {
+    times = {"ours, one launch": microseconds(lambda: gpu.linear_at_once(x, packed))} if len(x) == 1 else {}
+    return times | {
         "ours": microseconds(lambda: gpu.linear(x, packed)),
         "ours, product only": microseconds(lambda: gpu.multiply(x, packed)),
         "tinygemm": microseconds(lambda: torch.ops.aten._weight_int4pack_mm(x, tiny, GROUP, grid)),

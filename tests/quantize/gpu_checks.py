@@ -149,6 +149,20 @@ def check_linear(device: str) -> None:
         )
 
 
+def check_linear_at_once(device: str) -> None:
+    """Rotation and product in one kernel, for every K, width, group size and dtype, with inputs that fill no group."""
+    shapes = ((32, 2, 0), (64, 3, 1), (128, 4, 8), (64, 8, 16), (32, 4, 4))
+    for dtype, (size, bits, rounds) in product(DTYPES, shapes):
+        weight = make(21, 3 * size - 5, size, rounds, bits=bits)
+        packed, bias = gpu.prepare(weight, device), draw(1, 21, dtype, device)[0]
+        x, what = draw(1, weight.in_features, dtype, device), (dtype, size, bits, rounds)
+        exact = transformed(x, weight) @ weight.rotated().t()
+        same(gpu.linear_at_once(x, packed), exact, what=what)
+        same(gpu.linear_at_once(x, packed, bias), exact + bias.float().cpu(), what=what)
+    wide = draw(2, 2 * weight.in_features, torch.float32, device)[:1, ::2]
+    same(gpu.linear_at_once(wide, packed), transformed(wide, weight) @ weight.rotated().t())
+
+
 def check_decoded_weights(device: str) -> None:
     from luthier.quantize.kernels.triton_product import decoded
 
@@ -202,6 +216,8 @@ def check_bad_input(device: str) -> None:
         lambda: gpu.rotate(torch.ones(2, 61, device=device), packed),
         lambda: gpu.rotate(torch.ones(60, device=device), packed),
         lambda: gpu.multiply(torch.ones(2, 60, device=device), packed),
+        lambda: gpu.linear_at_once(torch.ones(2, 60, device=device), packed),
+        lambda: gpu.linear_at_once(torch.ones(1, 61, device=device), packed),
         lambda: gpu.prepare(make(5, 256, 256, 1), device),
     ):
         try:

@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from luthier.quantize.kernels import triton_product, triton_rotate
+from luthier.quantize.kernels import triton_fused, triton_product, triton_rotate
 
 TARGET = GPUTarget("cuda", 80, 32)
 ROWS_OF_X = {"n_rows": "i32", "features": "i32", "stride": "i32"}
@@ -35,4 +35,9 @@ if __name__ == "__main__":
     compile_kernel(triton_product._few_kernel, {**PRODUCT, "n_rows": "i32"}, few)
     compile_kernel(
         triton_product._decode_kernel, {**PACKED, "result": "*bf16", "count": "i32"}, {**HALVES, "GROUPS": 16}
+    )
+    compile_kernel(
+        triton_fused._fused_kernel,
+        {**PRODUCT, **TABLES, "scales": "*fp16", "features": "i32"},
+        {**HALVES, "ROUNDS": 3, "OUTPUTS": 16, "BIAS": True},
     )

@@ -1,10 +1,13 @@
 """Which kernel is chosen, and each kernel alone against the decoded matrix."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from luthier.cli import env
+from luthier.core.console import Console
 from luthier.quantize.kernels import native
 from luthier.quantize.kernels.cpu import Blocks, Compiled, Int4, Stored, dequantize
 from luthier.quantize.kernels.dispatch import Runner, choose, summary
@@ -106,5 +109,19 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, by_rounding
         native.load.cache_clear()
 
 
-def test_summary_names_the_kernels() -> None:
-    assert "int4" in summary("cpu")
+@pytest.mark.parametrize("triton", [True, False])
+def test_summary_names_the_kernels_and_why(triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.quantize.kernels.gpu.available", lambda: triton)
+    for device, first in (("cpu", "int4 up to 256 rows"), ("cuda", "triton" if triton else "dequantize")):
+        said = summary(device)
+        assert said.startswith(f"{device} bf16: {first}")
+        assert choose(device, torch.bfloat16, 4, 128).reason in said
+
+
+@pytest.mark.parametrize("devices", [[], ["a GPU"]])
+def test_env_names_them_for_every_device(devices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "snapshot", lambda: {"torch_threads": 1, "devices": devices})
+    results: list[dict[str, Any]] = []
+    monkeypatch.setattr(Console, "result", lambda self, found: results.append(found))
+    env.run(env.EnvConfig(), Console())
+    assert [line.split(" bf16: ")[0] for line in results[0]["int4_kernels"]] == ["cpu", "cuda"][: 1 + len(devices)]

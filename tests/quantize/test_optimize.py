@@ -103,6 +103,13 @@ def test_without_scales_only_angles_turn() -> None:
     assert all(bool((weight.channel_scales == 1).all()) and bool(weight.theta.any()) for weight in found.values())
 
 
+def test_with_neither_scales_nor_rounds_stage_one_has_nothing_to_do() -> None:
+    log: list[Mapping[str, Any]] = []
+    paroquant(make_task(log, rounds=0, scale_parameter="none", scale_start="ones"))
+    assert log[-1]["loss_stage1"] == log[-1]["loss_rounded"]
+    assert log[-1]["loss_stage2"] < log[-1]["loss_rounded"]
+
+
 def test_the_full_method_beats_every_baseline() -> None:
     errors = {name: error(make_task(), method(make_task())) for name, method in METHODS.items()}
     assert errors["paroquant"] <= errors["rotated-gptq"] < 0.7 * min(errors["gptq"], errors["awq"]), errors

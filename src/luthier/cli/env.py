@@ -24,7 +24,7 @@ def run(config: EnvConfig, console: Console) -> None:
     if "torch_threads" in found:
         from luthier.quantize.kernels.dispatch import summary
 
-        found["quantized_products"] = summary("cuda" if found["devices"] else "cpu")
+        found["int4_kernels"] = [summary(device) for device in ("cpu", *(["cuda"] if found["devices"] else []))]
     console.table("environment", ("what", "value"), list(_flat(found).items()))
     console.result(found)
 

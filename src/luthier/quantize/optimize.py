@@ -68,6 +68,7 @@ def train_stage(
 ) -> float:
     """Train the named parameters of the students, keep the best epoch, and return its validation loss."""
     trained = {name: [getattr(student, name) for student in students] for name, rate in rates.items() if rate > 0}
+    trained = {name: found for name, found in trained.items() if any(parameter.numel() for parameter in found)}
     initial = _validate(task, students)
     if not math.isfinite(initial):
         raise CheckpointError(

@@ -169,7 +169,7 @@ def make_rotation(weight: QuantizedWeight, choice: Choice, dtype: torch.dtype) -
 
 
 def summary(device: str) -> str:
-    """The kernels for 4 bits in bf16 on a device, in one line; compiles the rotation if that was not done before."""
+    """The kernels for 4 bits in bf16 on a device, and why; compiles the rotation if that was not done before."""
     choice = choose(device, torch.bfloat16, 4, 128)
     rotation = (
         native.load().reason if device == "cpu" else f"by {'Triton' if choice.few == 'triton' else 'dense blocks'}"
@@ -177,4 +177,4 @@ def summary(device: str) -> str:
     products = (
         choice.many if choice.few == choice.many else f"{choice.few} up to {choice.limit} rows, then {choice.many}"
     )
-    return f"{products}; rotation {rotation}"
+    return f"{device} bf16: {products} ({choice.reason}); rotation {rotation}"

@@ -1,6 +1,7 @@
 """Rotation and products with quantized weights on a GPU: packs a matrix once, chooses the kernel by rows.
 
-Needs Triton, which comes with torch's CUDA builds; its kernels are in `triton_rotate.py` and `triton_product.py`. With
+Needs Triton, which comes with torch's CUDA builds; its kernels are in `triton_rotate.py`, `triton_product.py` and
+`triton_fused.py`. With
 TRITON_INTERPRET=1 in the environment before Triton is loaded they run on a CPU, slowly, as the tests do.
 """
 
@@ -130,6 +131,21 @@ def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor
 def linear(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
     """x (rows, in_features or in) → (rows, out): `rotate`, then `multiply`."""
     return multiply(rotate(x, weight), weight, bias)
+
+
+def linear_at_once(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
+    """As `linear` in one launch instead of two, for one row: x (1, in_features or in) → (1, out).
+
+    Not what modules use: it repeats the rotation for every few outputs, and no GPU has shown yet that this is cheaper.
+    ValueError for another shape.
+    """
+    from luthier.quantize.kernels.triton_fused import rotated_one
+
+    if x.dim() != 2 or x.shape[0] != 1 or x.shape[1] not in (weight.in_features, weight.partner.shape[1]):
+        raise ValueError(f"expected x of (1, {weight.in_features}), got {tuple(x.shape)}")
+    rotation = (weight.partner, weight.cos, weight.sin, weight.channel_scales)
+    packed = (weight.codes, weight.points, weight.steps)
+    return rotated_one(x, rotation, packed, weight.bits, weight.group_size, bias)
 
 
 def _transform(x: Tensor, weight: GpuWeight, norm: Tensor | None, eps: float) -> Tensor:
