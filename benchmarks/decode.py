@@ -2,8 +2,8 @@
 
 Contestants take turns in one process, so that a noisy machine disturbs all: bf16; plain int4 (the same kernel and
 merged products, no rotation); ours with transforms shared among siblings, for K = 8 and 4; ours with one for each
-matrix. With `--llama-python`, the Python of an environment that has llama-cpp-python and gguf, llama.cpp's Q4_0 and Q4_K_M of the
-same shape take their turns too, in a process of their own.
+matrix. With `--llama-python`, the Python of an environment that has llama-cpp-python and gguf, llama.cpp's Q4_0 and
+Q4_K_M of the same shape take their turns too, in a process of their own.
 
     OMP_NUM_THREADS=2 python benchmarks/decode.py [--rounds 8] [--tokens 16] [--llama-python /tmp/llama/bin/python]
 """

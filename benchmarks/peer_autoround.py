@@ -5,6 +5,7 @@
 Writes the model with its weights rounded (format "fake"), and prints the seconds that it took.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+with contextlib.suppress(ImportError):
+    import luthier  # noqa: F401  # where it is installed too, so that Instella can be loaded
 
 
 def main() -> None:

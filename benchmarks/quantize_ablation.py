@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     options = parser.parse_args()
-    options.paper_samples, options.paper_epochs = options.samples, None
+    options.paper_samples, options.paper_epochs, options.skip = options.samples, None, []
 
     tokenizer, model = load_tokenizer(str(options.model)), load_pretrained(options.model, dtype=torch.float32)
     test = documents_of(options.test, tokenizer, options.pieces)

@@ -159,6 +159,7 @@ def settings(options: argparse.Namespace, arm: str, bits: int, seed: int) -> Qua
         "device": "cpu",
         "precision": options.precision,
         "micro_batch_size": 8,
+        **({"skip": tuple(options.skip)} if options.skip else {}),
     }
     config = build(QuantizeConfig, values)
     return replace(config, epochs=tuple(options.paper_epochs)) if arm == "paper" and options.paper_epochs else config
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=48, help="documents of the test text, of about 8 kB")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--outliers", type=float, default=0.0, help="first scale 3 %% of the channels by this factor")
+    parser.add_argument("--skip", nargs="+", default=[], help="modules that stay as they are, as patterns")
     options = parser.parse_args()
 
     tokenizer, model = load_tokenizer(str(options.model)), load_pretrained(options.model, dtype=torch.float32)
@@ -208,6 +210,7 @@ def main() -> None:
                 model="/".join(name.parts[-2:]),
                 bits=bits,
                 outliers=options.outliers,
+                skip=options.skip,
                 group_size=options.group_size,
                 samples=options.samples,
                 paper_samples=options.paper_samples,
