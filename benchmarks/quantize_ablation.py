@@ -37,7 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "16 windows": {"samples": 16},
     "128 windows": {"samples": 128},
     "stage 1 alone": {"start": "rtn", "epochs": (4, 0)},
-    # The gradient, in the published stage 1 (no search, no guard) at the published rate and at a fifth of it.
+    # The gradient in a stage 1 like the published one: no search, no guard, no warm-up.
     "published stage 1, exact": {**PUBLISHED, "start": "rtn", "epochs": (4, 0)},
     "published stage 1, reference gradient": {**PUBLISHED, "start": "rtn", "epochs": (4, 0), "gradient": "reference"},
     "the same, then stage 2, exact": {**PUBLISHED, "start": "rtn"},

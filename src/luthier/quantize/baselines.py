@@ -37,7 +37,6 @@ def awq(task: LayerTask) -> dict[str, QuantizedWeight]:
     bits, size = task.config.bits, task.config.group_size
     for index, bundle in enumerate(task.bundles):
         weight = _weight(task, bundle)
-        alpha = torch.ones(weight.shape[1], device=weight.device)
         if index not in moments:
             grouped = _grouped(weight, task)
             found |= _finish(task, bundle, grouped, *grid(grouped, bits))
