@@ -5,7 +5,7 @@ merged products, no rotation); ours with transforms shared among siblings, for K
 matrix. With `--llama-python`, the Python of an environment that has llama-cpp-python and gguf, llama.cpp's Q4_0 and
 Q4_K_M of the same shape take their turns too, in a process of their own.
 
-    OMP_NUM_THREADS=2 python benchmarks/decode.py [--rounds 8] [--tokens 16] [--llama-python /tmp/llama/bin/python]
+    OMP_NUM_THREADS=2 python benchmarks/decode.py [--rounds 8] [--tokens 16] [--llama-python PATH]
 """
 
 from __future__ import annotations
