@@ -1,0 +1,6 @@
+"""Problems with known answers: finding answers in replies, grading them, and what scores mean.
+
+In reading order: `task` (a problem, a set of problems), `answers` (the answer in a reply, and exact comparison),
+`sudoku` (grids and their rules), `grading` (right, wrong, unparsed or timed out), `grading_worker` (symbolic comparison
+in a process of its own).
+"""
