@@ -86,3 +86,21 @@ def paired_difference(
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """A code length in nats over UTF-8 bytes, as bits per byte."""
     return nats / math.log(2) / num_bytes
+
+
+class McNemar(NamedTuple):
+    """Two methods on the same items: how often only one of them was right, and whether that may be chance."""
+
+    only_first: int
+    only_second: int
+    p: float
+    """Exact, two-sided."""
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Exact paired test (McNemar 1947; binomial on the items where the two differ). ValueError for unequal lengths."""
+    pairs = list(zip(first, second, strict=True))
+    one, two = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    n, smaller = one + two, min(one, two)
+    tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n
+    return McNemar(one, two, min(1.0, 2 * tail))

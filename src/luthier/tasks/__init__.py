@@ -2,5 +2,5 @@
 
 In reading order: `task` (a problem, a set of problems), `answers` (the answer in a reply, and exact comparison),
 `sudoku` (grids and their rules), `grading` (right, wrong, unparsed or timed out), `grading_worker` (symbolic comparison
-in a process of its own).
+in a process of its own), `metrics` (accuracy with intervals, pass@k, maj@k, calibration).
 """
