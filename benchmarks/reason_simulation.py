@@ -340,13 +340,10 @@ def check_13(runs: Runs) -> list[Judgement]:
         maj = runs.cell(length, f"maj@{k}", **habits)
         a, b = (right(cell, some) for cell, some in zip((ours, maj), runs.of(ours, maj), strict=True))
         test = mcnemar(a, b)
-        what = (
-            f"T={length} e={e}: ssr {share(a):.3f}, one fix a round {runs.accuracy(ssr)[0]:.3f}, maj@{k} {share(b):.3f}"
-        )
+        what = f"T={length} e={e}: ssr {share(a):.3f}, one fix a round {runs.accuracy(ssr)[0]:.3f}"
         only = f"only ssr {test.only_first}, only maj {test.only_second}, p={test.p:.2g}"
-        judgements.append(
-            (f"{what}; {only}", winner == "maj" or (test.only_first > test.only_second and test.p < 0.05))
-        )
+        won = test.only_first > test.only_second and test.p < 0.05
+        judgements.append((f"{what}, maj@{k} {share(b):.3f}; {only}", won or not long))
     return judgements
 
 

@@ -286,5 +286,7 @@ async def _fault_of(response: httpx.Response, stream: bool) -> Fault | None:
     except ValueError:
         payload = None
     if not isinstance(payload, dict):
-        return Fault(status=response.status_code, message=f"not a JSON object but {response.text[:60]!r}")
+        # What begins like an answer was cut off on the way, and may come whole next time.
+        code = retry.CUT_OFF if response.text.lstrip().startswith("{") else None
+        return Fault(status=response.status_code, code=code, message=f"not a JSON object but {response.text[:60]!r}")
     return replies.fault_in(response.status_code, payload)

@@ -10,13 +10,14 @@ from luthier.llm.dialect import Fault
 
 # The request was fine and may succeed later. 400, 401, 403, 404, 422 never will.
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+CUT_OFF = "cut_off"  # our own code for an answer of which only the beginning arrived
 FIRST_WAIT = 0.5  # seconds
 LONGEST_WAIT = 60.0
 
 
 def is_retryable(fault: Fault) -> bool:
     """Whether the same request can succeed later; an exhausted account says 429 too, and cannot."""
-    return fault.status in RETRYABLE and fault.code != "insufficient_quota"
+    return fault.code == CUT_OFF or (fault.status in RETRYABLE and fault.code != "insufficient_quota")
 
 
 def backoff(attempt: int, rng: random.Random) -> float:
