@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from luthier.cli.models import open_local as open_local_model
 from luthier.core.console import Console
-from luthier.core.errors import ConfigError, UserError, require
+from luthier.core.errors import ConfigError, UserError
 from luthier.llm.types import Message, Request, StreamingBackend
 
 if TYPE_CHECKING:
@@ -183,24 +184,19 @@ def open_backend(config: ChatConfig, console: Console) -> tuple[StreamingBackend
 
 def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
     """Load the model; a model that was only pretrained, or has no chat template, continues raw text by default."""
-    require("torch", "torch")
-    from luthier.data.tokenizer import load_tokenizer
-    from luthier.learn.parallel import choose_device
-    from luthier.llm.local import LocalModel
-    from luthier.models.load import load_pretrained, read_provenance
-
-    network = load_pretrained(config.model, device=choose_device(config.device))
-    tokenizer = load_tokenizer(config.model)
+    model = open_local_model(config.model, device=config.device)
     raw = config.raw
     if not config.chat and not raw:
+        from luthier.models.load import read_provenance
+
         pretrained = _only_pretrained(read_provenance(Path(config.model)))
-        raw = pretrained or tokenizer.chat_template is None
+        raw = pretrained or not model.has_chat_template
         if raw and config.system is not None:
             raise ConfigError(f"{config.model} is a base model: --system means nothing to it", hint="add --chat")
         if raw:
             why = "was only pretrained" if pretrained else "has no chat template"
             console.status(f"{config.model} {why}: it continues your text (--chat for the chat format)")
-    return LocalModel(network, tokenizer, name=config.model), raw
+    return model, raw
 
 
 def _only_pretrained(provenance: Mapping[str, Any]) -> bool:

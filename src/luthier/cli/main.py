@@ -39,10 +39,9 @@ VERBS = {
         stage=True,
     ),
     "eval": Verb(
-        "perplexity and bits per byte of a model on any text",
+        "bits per byte of a model on any text, or the problems it solves",
         "luthier.cli.eval",
         "luthier.cli.eval:EvalConfig",
-        "torch",
         stage=True,
     ),
     "quantize": Verb(
@@ -65,6 +64,7 @@ VERBS = {
         "torch",
         stage=True,
     ),
+    "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
     "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
     "report": Verb("write a run as one HTML file", "luthier.cli.report", "luthier.cli.report:ReportConfig"),

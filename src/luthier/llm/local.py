@@ -88,6 +88,11 @@ class LocalModel:
         self._tokenizer_lock = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="luthier-local")
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it takes messages; a base model continues text only."""
+        return self._tokenizer.chat_template is not None
+
     async def complete(self, request: Request) -> list[Completion]:
         """The request's samples. A cancelled call leaves its batch at the next token."""
         jobs = [_Generate(row=row) for row in self._rows(request)]

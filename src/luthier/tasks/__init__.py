@@ -2,5 +2,6 @@
 
 In reading order: `task` (a problem, a set of problems), `answers` (the answer in a reply, and exact comparison),
 `sudoku` (grids and their rules), `grading` (right, wrong, unparsed or timed out), `grading_worker` (symbolic comparison
-in a process of its own), `metrics` (accuracy with intervals, pass@k, maj@k, calibration).
+in a process of its own), `math` (GSM8K, MATH, AIME and plain rows), `puzzles` (mini sudokus, zebra puzzles), `catalog`
+(tasks by name), `runner` (solve a task, resumably), `metrics` (accuracy with intervals, pass@k, maj@k, calibration).
 """

@@ -1,0 +1,45 @@
+"""Models as users name them: a folder or hub id that runs in this process, or a name behind an endpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from luthier.llm.local import LocalModel
+    from luthier.llm.types import StreamingBackend
+
+
+def open_model(
+    name: str, *, endpoint: str | None = None, device: str = "auto", concurrency: int = 32
+) -> StreamingBackend:
+    """The model behind an endpoint, or in this process where there is none. `concurrency`: most calls in flight."""
+    if endpoint is None:
+        return open_local(name, device=device)
+    from luthier.llm.endpoint import Endpoint
+
+    return Endpoint(endpoint, name, concurrency=concurrency)
+
+
+def open_local(name: str, *, device: str = "auto") -> LocalModel:
+    """Load a model folder or hub id with its tokenizer."""
+    require("torch", "torch")
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.learn.parallel import choose_device
+    from luthier.llm.local import LocalModel
+    from luthier.models.load import load_pretrained
+
+    network = load_pretrained(name, device=choose_device(device))
+    return LocalModel(network, load_tokenizer(name), name=name)
+
+
+def open_role(text: str) -> tuple[str, StreamingBackend]:
+    """'judge=NAME@URL' (or 'judge=FOLDER') as the role and its model. Raises: ConfigError."""
+    role, equals, model = text.partition("=")
+    if not equals or not model:
+        raise ConfigError(
+            f"role: got {text!r}, expected ROLE=MODEL or ROLE=MODEL@URL", hint="judge=qwen@http://host/v1"
+        )
+    name, at, url = model.rpartition("@")
+    return (role, open_model(name, endpoint=url)) if at and "://" in url else (role, open_model(model))

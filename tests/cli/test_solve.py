@@ -1,0 +1,104 @@
+"""`luthier solve` and `luthier eval --tasks` against a simulated model behind a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.llm.stub_server import Faults, StubServer
+from luthier.reason.simulation import Chain, Habits, SimulatedSolver
+
+CHAIN = Chain.draw(5, 1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[StubServer]:
+    """A server of a solver that errs, which itself fails now and then, in a thread of its own."""
+    stub = StubServer(SimulatedSolver(Habits(error=0.15)).reply, faults=Faults(errors=0.02))
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    async def serve() -> None:
+        async with stub:
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(10)
+    yield stub
+    loop.call_soon_threadsafe(over.set)
+    thread.join(10)
+    loop.close()
+
+
+def test_a_question_is_answered_and_its_steps_are_shown(
+    luthier: Callable[..., Any], server: StubServer, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    outcome = luthier("solve", CHAIN.question, "--model", "stub", "--endpoint", server.url, "--trace", trace)
+    assert outcome.code == 0, outcome.err
+    assert f"answer: {CHAIN.answer}" in outcome.out
+    assert "5. ██████████ What is v5?" in outcome.err
+    assert "5 of 5 steps confirmed" in outcome.err
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert events[0]["kind"] == "problem"
+
+
+def test_the_machine_readable_result(luthier: Callable[..., Any], server: StubServer) -> None:
+    outcome = luthier(
+        "solve", CHAIN.question, "--model", "stub", "--endpoint", server.url, "--method", "maj@3", "--json"
+    )
+    result = json.loads(outcome.out)
+    assert result["answer"] == CHAIN.answer
+    assert result["calls"] == 1
+
+
+def test_a_budget_ends_the_work(luthier: Callable[..., Any], server: StubServer) -> None:
+    where = ("--model", "stub", "--endpoint", server.url)
+    outcome = luthier("solve", CHAIN.question, *where, "--budget", "calls=2", "tokens=9999", "--json")
+    result = json.loads(outcome.out)
+    assert (result["stop"], result["calls"]) == ("budget", 2)
+    assert luthier("solve", "Q", *where, "--budget", "calls").error.startswith("budget: got 'calls'")
+    assert luthier("solve", "Q", *where, "--method", "srs").error.startswith("'srs': no such method")
+    assert luthier("solve", " ", *where).error.startswith("there is nothing to solve")
+
+
+def test_no_torch_is_needed_with_an_endpoint(luthier_without_torch: Callable[..., Any], server: StubServer) -> None:
+    outcome = luthier_without_torch("solve", CHAIN.question, "--model", "stub", "--endpoint", server.url, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["answer"] == CHAIN.answer
+
+
+def test_methods_are_compared_on_a_task_and_a_second_run_is_free(
+    luthier: Callable[..., Any], server: StubServer, tmp_path: Path
+) -> None:
+    problems = tmp_path / "chains.jsonl"
+    chains = [(length, Chain.draw(length, n)) for length in (3, 8) for n in range(8)]
+    rows = [{"prompt": c.question, "answer": c.answer, "metadata": {"length": length}} for length, c in chains]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("eval", "stub", "--endpoint", server.url, "--tasks", problems, "--out", tmp_path / "run")
+    methods = ("--method", "cot", "ssr", "--equal-to", "ssr", "--by", "length", "--traces")
+    outcome = luthier(*command, *methods)
+    assert outcome.code == 0, outcome.err
+    assert "pair by pair" in outcome.out
+    asked = server.ledger.requests
+    again = luthier(*command, *methods, "--json")
+    assert server.ledger.requests == asked
+    numbers = json.loads(again.out)["tasks"]["chains"]
+    assert numbers["ssr"]["accuracy"]["value"] > numbers["cot"]["accuracy"]["value"]
+    vote = next(name for name in numbers if name.startswith("maj@"))
+    assert numbers[vote]["completion_tokens"] == pytest.approx(numbers["ssr"]["completion_tokens"], rel=0.3)
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "run" / "traces").iterdir()) == ["chains"] * len(
+        list((tmp_path / "run" / "traces").iterdir())
+    )
+
+
+def test_tasks_need_a_place_for_their_rows(luthier: Callable[..., Any]) -> None:
+    assert luthier("eval", "m", "--tasks", "mini-sudoku").error == "solving tasks needs a run folder"
