@@ -64,6 +64,12 @@ VERBS = {
         "torch",
         stage=True,
     ),
+    "problems": Verb(
+        "make problems of graded length, and lessons that teach a small model to reason",
+        "luthier.cli.problems",
+        "luthier.cli.problems:ProblemsConfig",
+        stage=True,
+    ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
     "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),

@@ -122,7 +122,15 @@ def _write_corpus(
         console.status(f"corpus: {source.name}, {len(source.documents):,} documents, {source.num_bytes:,} bytes")
         if source.note:
             console.status(f"  {source.note}")
-    prepare_text(sources, tokenizer, folder, held_out=config.held_out, vocab_size=config.vocab_size, seed=config.seed)
+    prepare_text(
+        sources,
+        tokenizer,
+        folder,
+        held_out=config.held_out,
+        vocab_size=config.vocab_size,
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+    )
 
 
 def is_tokenized(spec: str) -> bool:

@@ -3,6 +3,6 @@
 Reading order: files (UTF-8 files, or an error that says where they are not), formats (rows of five kinds), python_prose
 (the corpus that every Python installation carries), sources (documents), template (the chat format), tokenizer
 (byte-level BPE), chat (the loss mask), shards (tokens on disk), mixture (which window comes when), packing (short
-documents in full rows), compressors (the incumbents, in bytes). Nothing here loads torch; only tokenizer loads
-transformers, when it trains or loads one.
+documents in full rows), compressors (the incumbents, in bytes), problems (graded in length, with certain answers).
+Nothing here loads torch; only tokenizer loads transformers, when it trains or loads one.
 """

@@ -102,7 +102,8 @@ class WindowMixture:
         first = step * self.batch_size + rank * size
         places = [self.locate(sample) for sample in range(first, first + size)]
         windows = np.stack([self.shards[source].window(index, length) for source, index in places])
-        batch = {"input_ids": windows[:, :-1].copy(), "targets": windows[:, 1:].copy()}
+        targets = [self.shards[source].window_targets(index, length) for source, index in places]
+        batch = {"input_ids": windows[:, :-1].copy(), "targets": np.stack(targets)}
         if document_ids:
             rows = [self.shards[source].window_document_ids(index, length) for source, index in places]
             batch["document_ids"] = np.stack(rows)

@@ -4,6 +4,7 @@ A shard folder holds, without headers and in little-endian order:
 
 - `tokens.bin`: all token ids, document after document, each with its EOS: uint16, or uint32 for ids above 65,535;
 - `documents.bin`: one int64 pair per document: the index one past its last token, and its length in UTF-8 bytes;
+- `mask.bin`, for conversations only: one byte per token, 1 where the model has to write it;
 - `index.json`: format version, dtype, counts, and the hashes of the tokenizer, the text and the tokens.
 
 `tokens.bin` alone is what OLMo and Instella train on (under names in `.npy`): `TokenShards.from_raw` reads theirs.
@@ -14,7 +15,9 @@ after them, so that neighboring windows share one token and every token but the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import DataError
 from luthier.core.files import atomic_folder, read_json, write_json
+from luthier.data.chat import encode_chat
 from luthier.data.files import missing_path
 from luthier.data.sources import frame
 from luthier.data.tokenizer import decode_text, encode_documents, num_ids, tokenizer_digest
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 1
+IGNORED = -100  # a target that does not count
+MASK: np.dtype[Any] = np.dtype("u1")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 DOCUMENT: np.dtype[Any] = np.dtype("<i8")
 BATCH_CHARACTERS = 1 << 20  # text that is tokenized at once; bounds the memory of write_shards
@@ -48,6 +54,7 @@ class TokenShards:
     tokenizer_sha256: str
     source_sha256: str
     sha256: str  # of the token ids
+    mask: NDArray[np.uint8] | None = field(default=None, repr=False)  # [num_tokens]: 1 on the tokens to learn
 
     @classmethod
     def open(cls, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> TokenShards:
@@ -64,6 +71,7 @@ class TokenShards:
             tokenizer_sha256=index["tokenizer_sha256"],
             source_sha256=index["source_sha256"],
             sha256=index["tokens_sha256"],
+            mask=_map(folder / "mask.bin", MASK, (index["tokens"],)) if index.get("mask") else None,
         )
         if tokenizer is not None:
             shards.check_tokenizer(tokenizer)
@@ -121,6 +129,13 @@ class TokenShards:
             raise IndexError(f"window {index} of {self.num_windows(length)}")
         return self.tokens[index * length : index * length + length + 1].astype(np.int64)
 
+    def window_targets(self, index: int, length: int) -> NDArray[np.int64]:
+        """The targets [length] of one window: the tokens after its inputs, IGNORED where there is nothing to learn."""
+        targets = self.window(index, length)[1:]
+        if self.mask is not None:
+            targets[self.mask[index * length + 1 : index * length + length + 1] == 0] = IGNORED
+        return targets
+
     def window_document_ids(self, index: int, length: int) -> NDArray[np.int64]:
         """Which document each input position [length] of a window belongs to, counted from 0 within the window.
 
@@ -164,46 +179,79 @@ class TokenShards:
 
 
 def write_shards(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, folder: Path, *, source: str
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    source: str,
+    conversations: bool = False,
+    align: int = 0,
 ) -> TokenShards:
     """Tokenize documents into a shard folder, about a megabyte of text in memory at a time, and open it.
 
     source: the name of the corpus, for messages and provenance. The folder appears whole or not at all, and replaces an
     earlier one. The hash of the text equals `TextSource.sha256` of the same documents.
 
+    conversations: each document is a JSON list of messages; the mask says which tokens are replies, and the length in
+    bytes is that of the replies. align: conversations do not cross multiples of so many tokens (padding fills up), so
+    that no window begins inside one; those longer than that are cut.
+
     Raises: DataError when there are no documents.
     """
     dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     text_hash, token_hash = hashlib.sha256(), hashlib.sha256()
     num_tokens = num_documents = num_bytes = 0
+    encode = _encode_conversations if conversations else _encode_texts
+    names = ("tokens.bin", "documents.bin", "mask.bin")[: 3 if conversations else 2]
     with atomic_folder(folder) as partial:
-        with (partial / "tokens.bin").open("wb") as tokens, (partial / "documents.bin").open("wb") as boundaries:
-            for batch in _batches(documents):
-                for text, ids in zip(batch, encode_documents(tokenizer, batch), strict=True):
-                    framed, data = frame(text), np.asarray(ids, DTYPES[dtype]).tobytes()
-                    text_hash.update(framed)
-                    token_hash.update(data)
-                    tokens.write(data)
-                    length = len(framed) - 8  # without the frame's own length field
-                    num_tokens, num_documents, num_bytes = num_tokens + len(ids), num_documents + 1, num_bytes + length
-                    boundaries.write(np.asarray([num_tokens, length], DOCUMENT).tobytes())
+        with contextlib.ExitStack() as files:
+            tokens, boundaries, *masks = [files.enter_context((partial / name).open("wb")) for name in names]
+            for text, ids, mask, length in encode(tokenizer, documents):
+                gap = _gap(num_tokens, len(ids), align)
+                data = np.asarray([tokenizer.pad_token_id] * gap + ids, DTYPES[dtype]).tobytes()
+                text_hash.update(frame(text))
+                token_hash.update(data)
+                tokens.write(data)
+                for file in masks:
+                    file.write(np.asarray([0] * gap + mask, MASK).tobytes())
+                num_tokens += gap + len(ids)
+                num_documents += 1
+                num_bytes += length
+                boundaries.write(np.asarray([num_tokens, length], DOCUMENT).tobytes())
         if num_documents == 0:
             raise DataError(f"{source}: no documents to tokenize", hint="give a corpus that contains text")
-        write_json(
-            partial / "index.json",
-            {
-                "format": FORMAT_VERSION,
-                "dtype": dtype,
-                "tokens": num_tokens,
-                "documents": num_documents,
-                "bytes": num_bytes,
-                "source": source,
-                "source_sha256": text_hash.hexdigest(),
-                "tokenizer_sha256": tokenizer_digest(tokenizer),
-                "tokens_sha256": token_hash.hexdigest(),
-            },
-        )
+        index = {"format": FORMAT_VERSION, "dtype": dtype, "tokens": num_tokens, "documents": num_documents}
+        index |= {"bytes": num_bytes, "source": source, "source_sha256": text_hash.hexdigest()}
+        index |= {"tokenizer_sha256": tokenizer_digest(tokenizer), "tokens_sha256": token_hash.hexdigest()}
+        write_json(partial / "index.json", index | ({"mask": True, "align": align} if conversations else {}))
     return TokenShards.open(folder)
+
+
+def _gap(position: int, length: int, align: int) -> int:
+    """Padding before a conversation, so that it does not cross a multiple of `align`."""
+    if not align:
+        return 0
+    left = -position % align
+    return left if left < length else 0
+
+
+Encoded = tuple[str, list[int], list[int], int]
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Iterator[Encoded]:
+    """(text, ids, no mask, length in bytes) of each text."""
+    for batch in _batches(documents):
+        for text, ids in zip(batch, encode_documents(tokenizer, batch), strict=True):
+            yield text, ids, [], len(text.encode())
+
+
+def _encode_conversations(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Iterator[Encoded]:
+    """(text, ids, mask, length of the replies in bytes) of each conversation."""
+    for text in documents:
+        messages = json.loads(text)
+        ids, mask = encode_chat(tokenizer, messages)
+        replies = (m for m in messages if m["role"] == "assistant" and m.get("weight", 1) != 0)
+        yield text, ids, mask, sum(len(message["content"].encode()) for message in replies)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

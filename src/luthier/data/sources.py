@@ -7,8 +7,9 @@ of them out for evaluation.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from luthier.core.errors import DataError, require
 from luthier.data.files import PIECE_BYTES, cut_paragraphs, is_binary, missing_path, read_text, split_documents
 from luthier.data.formats import READERS, check_row, read_rows
 from luthier.data.python_prose import python_prose
+from luthier.data.template import render
 
 NAMED: dict[str, Callable[[], Sequence[str]]] = {"python-prose": python_prose}  # corpora that need no file
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^/\\]+)?")
@@ -30,6 +32,16 @@ class TextSource:
     name: str
     documents: Sequence[str]
     note: str = ""
+    conversations: bool = False
+    """Each document is a JSON list of messages."""
+
+    def texts(self) -> Iterator[str]:
+        """The documents as a model reads them: conversations in the chat format."""
+        return (
+            (render(json.loads(document)) for document in self.documents)
+            if self.conversations
+            else iter(self.documents)
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -54,10 +66,10 @@ def frame(document: str) -> bytes:
 def open_source(spec: str) -> TextSource:
     """Read a corpus.
 
-    spec: `python-prose`; a `.jsonl` or `.parquet` file whose rows have `text`; any other file, as UTF-8 text that is
-    one document unless lines of `<|endoftext|>` divide it; a folder, whose files are read so one by one in the order of
-    their names (hidden and binary files are left out, and the note says how many); or a hub dataset,
-    `owner/name` or `owner/name:split` (the split defaults to train). What exists on disk wins over the hub.
+    spec: `python-prose`; a `.jsonl` or `.parquet` file whose rows have `text`, or `messages` (conversations); any other
+    file, as UTF-8 text that is one document unless lines of `<|endoftext|>` divide it; a folder, whose files are read
+    so one by one in the order of their names (hidden and binary files are left out, and the note says how many); or a
+    hub dataset, `owner/name` or `owner/name:split` (the split defaults to train). What is on disk wins over the hub.
 
     Raises: DataError for a missing path, a file that is not UTF-8, a row without text, or a corpus without text.
     """
@@ -69,6 +81,8 @@ def open_source(spec: str) -> TextSource:
     elif path.is_dir():
         documents, note = _read_folder(path)
     elif path.exists():
+        if path.suffix in READERS and (conversations := _read_conversations(path)):
+            return TextSource(spec, conversations, conversations=True)
         documents = _read_file(path)
     elif HUB_ID.fullmatch(spec) and not path.parent.exists() and path.suffix not in (*READERS, ".txt", ".md"):
         documents = _read_hub(spec)
@@ -86,6 +100,20 @@ def _make_source(name: str, documents: Iterable[str], note: str) -> TextSource:
     if blank := len(documents) - len(kept):
         notes.append(f"{blank} blank document{'s' * (blank > 1)} left out")
     return TextSource(name, tuple(kept), "; ".join(notes))
+
+
+def _read_conversations(path: Path) -> tuple[str, ...]:
+    """The rows of a file of conversations, nothing for one of texts. Raises: DataError for one without a reply."""
+    rows = READERS[path.suffix](path)
+    first = next(iter(rows), None)
+    if first is None or "messages" not in first[1] or "text" in first[1]:
+        return ()
+    documents = []
+    for number, row in enumerate(read_rows(path, "messages"), 1):
+        if not any(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in row["messages"]):
+            raise DataError(f"{path} row {number}: no reply to learn", hint="end the conversation with the assistant")
+        documents.append(json.dumps(row["messages"], ensure_ascii=False))
+    return tuple(documents)
 
 
 def _read_file(path: Path) -> list[str]:
@@ -152,8 +180,8 @@ def split(source: TextSource, held_out: float = 0.1, seed: int = 0) -> tuple[Tex
     for document in documents:
         (rest if ranks[document] < threshold or ranks[document] == lowest else train).append(document)
     return (
-        TextSource(f"{source.name} [train]", tuple(train), source.note),
-        TextSource(f"{source.name} [held out]", tuple(rest), source.note),
+        TextSource(f"{source.name} [train]", tuple(train), source.note, source.conversations),
+        TextSource(f"{source.name} [held out]", tuple(rest), source.note, source.conversations),
     )
 
 

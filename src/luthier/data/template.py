@@ -9,6 +9,7 @@ newline unless it is the last message. There is no default system message and co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from luthier.data.files import END_OF_TEXT
 from luthier.data.formats import check_messages
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def render(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
     """The conversation as one string, equal to what CHAT_TEMPLATE makes of it. Raises: DataError for bad messages."""
     pieces = [END_OF_TEXT]
     for text, _ in segments(messages, add_generation_prompt=add_generation_prompt):
@@ -42,11 +43,12 @@ def render(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
 
 
 def segments(
-    messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
 ) -> list[tuple[str | None, bool]]:
     """The conversation after its BOS, cut where the loss mask changes: (text, or None for EOS; trained on).
 
-    Neighboring texts that are not trained on are one segment, so that they are tokenized together.
+    Neighboring texts that are not trained on are one segment, so that they are tokenized together. A reply with
+    `weight: 0` (as in OpenAI's fine-tuning files) is not trained on.
     Raises: DataError for an empty conversation, an unknown role or a content that is not a string.
     """
     pieces: list[tuple[str | None, bool]] = []
@@ -56,7 +58,8 @@ def segments(
         if message["role"] != "assistant":
             given += f"<|{message['role']}|>\n{message['content']}\n"
             continue
-        pieces += [(given + GENERATION_PROMPT, False), (message["content"], True), (None, True)]
+        trained = messages[number - 1].get("weight", 1) != 0
+        pieces += [(given + GENERATION_PROMPT, False), (message["content"], trained), (None, trained)]
         given = "\n" if number < len(checked) else ""
     if add_generation_prompt:
         given += GENERATION_PROMPT

@@ -26,13 +26,19 @@ class TokenStream:
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None = None
+    """(N,) 1 on the tokens that count; None: all. Of conversations the replies count, in `num_bytes` too."""
 
     def head(self, max_tokens: int) -> TokenStream:
         """The first whole documents that fit into `max_tokens`, but at least one."""
         ends = np.append(self.starts[1:], len(self.tokens))
         count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+        mask = None if self.mask is None else self.mask[: ends[count - 1]]
         return TokenStream(
-            tokens=self.tokens[: ends[count - 1]], starts=self.starts[:count], num_bytes=self.num_bytes[:count]
+            tokens=self.tokens[: ends[count - 1]],
+            starts=self.starts[:count],
+            num_bytes=self.num_bytes[:count],
+            mask=mask,
         )
 
 
@@ -89,14 +95,17 @@ def code_length(stream: TokenStream, nats: NDArray[np.float64]) -> dict[str, Any
 
     A single document has no interval: `low` and `high` are left out.
     """
+    counted = len(nats)
+    if stream.mask is not None:
+        nats, counted = nats * stream.mask, int(stream.mask.sum())
     interval = bits_per_byte_interval(np.add.reduceat(nats, stream.starts), stream.num_bytes)
     bounds = {"low": interval.low, "high": interval.high} if interval.n > 1 else {}
     return {
-        "loss": float(nats.mean()),
+        "loss": float(nats.sum() / counted),
         "bits_per_byte": interval.value,
         **bounds,
         "documents": interval.n,
-        "scored_tokens": len(nats),
+        "scored_tokens": counted,
         "bytes": int(stream.num_bytes.sum()),
     }
 

@@ -101,6 +101,7 @@ def _step(job: Job, settings: LoopSettings, who: Ranks, stop: threading.Event) -
     }
     own_targets = int((batch["targets"] != IGNORED).sum())
     targets, stop_votes = who.sum([own_targets, float(stop.is_set())])
+    targets = max(targets, 1)  # a batch of nothing but prompts teaches nothing
     total = torch.zeros((), dtype=torch.float64, device=who.device)
     for start in range(0, len(batch["targets"]), settings.micro_batch_size):
         micro = {name: array[start : start + settings.micro_batch_size] for name, array in batch.items()}

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-IGNORED = -100  # a target that does not count
+from luthier.data.shards import IGNORED as IGNORED
+
 CHUNK = {"cpu": 256, "cuda": 8192}  # tokens whose logits exist at once: on a CPU they should stay in its cache
 
 

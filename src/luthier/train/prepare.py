@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, DataError
 from luthier.core.files import atomic_folder
 from luthier.data.shards import TokenShards, write_shards
 from luthier.data.sources import TextSource, split
@@ -34,22 +34,24 @@ def prepare_text(
     held_out: float,
     vocab_size: int,
     seed: int,
+    sequence_length: int = 0,
 ) -> Corpus:
     """Split each corpus by document, train a tokenizer unless one is given, and write token shards to `folder`.
 
-    Shards of the same text and tokenizer that are already there are kept, so a resumed run starts at once.
+    Conversations are laid out so that none crosses the border of a window of `sequence_length` tokens. Shards of the
+    same text and tokenizer that are already there are kept, so a resumed run starts at once.
     """
     parts = [split(source, held_out, seed) for source in sources]
     kept_tokenizer = folder / "tokenizer"
     if tokenizer is None and (kept_tokenizer / "tokenizer.json").exists():
         tokenizer = load_tokenizer(kept_tokenizer)
     if tokenizer is None:
-        tokenizer = train_bpe((document for training, _ in parts for document in training.documents), vocab_size)
+        tokenizer = train_bpe((text for training, _ in parts for text in training.texts()), vocab_size)
     if not (kept_tokenizer / "tokenizer.json").exists():
         with atomic_folder(kept_tokenizer) as partial:
             tokenizer.save_pretrained(partial)
     for index, (training, _) in enumerate(parts):
-        _write(training, tokenizer, folder / f"train-{index}")
+        _write(training, tokenizer, folder / f"train-{index}", align=sequence_length)
     _write(_joined([rest for _, rest in parts]), tokenizer, folder / "held-out")
     return open_corpus(folder, len(sources))
 
@@ -65,15 +67,25 @@ def _joined(parts: Sequence[TextSource]) -> TextSource:
     if len(parts) == 1:
         return parts[0]
     documents = [document for part in parts for document in part.documents]
-    return TextSource(name=" + ".join(part.name for part in parts), documents=documents)
+    kinds = {part.conversations for part in parts}
+    if len(kinds) > 1:
+        raise DataError(
+            "the corpora are texts and conversations, which have no common held-out measure",
+            hint="train on texts first, then on conversations",
+        )
+    name = " + ".join(part.name for part in parts)
+    return TextSource(name=name, documents=documents, conversations=kinds.pop())
 
 
-def _write(source: TextSource, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _write(source: TextSource, tokenizer: PreTrainedTokenizerFast, folder: Path, *, align: int = 0) -> None:
     if (folder / "index.json").exists():
         there = TokenShards.open(folder)
         if (there.source_sha256, there.tokenizer_sha256) == (source.sha256, tokenizer_digest(tokenizer)):
             return
-    write_shards(source.documents, tokenizer, folder, source=source.name)
+    align = align if source.conversations else 0
+    write_shards(
+        source.documents, tokenizer, folder, source=source.name, conversations=source.conversations, align=align
+    )
 
 
 def token_stream(shards: TokenShards) -> TokenStream:
@@ -83,6 +95,7 @@ def token_stream(shards: TokenShards) -> TokenStream:
         tokens=np.asarray(shards.tokens, dtype=np.int64),
         starts=np.concatenate([[0], boundaries[:-1, 0]]),
         num_bytes=np.asarray(boundaries[:, 1]),
+        mask=None if shards.mask is None else np.asarray(shards.mask),
     )
 
 

@@ -1,0 +1,115 @@
+"""`luthier problems`: problems of graded length to test on, and lessons that teach a small model to reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.core.config import to_mapping
+from luthier.core.console import Console
+from luthier.core.errors import ConfigError
+from luthier.core.files import atomic_write, sha256_bytes
+from luthier.core.run import RunFolder
+from luthier.core.seeds import derive_seed
+from luthier.data.problems import Form, Split, draw_program, problem_row
+from luthier.reason.lessons import Lessons
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemsConfig:
+    """Make problems of graded length, such as f=17;b=f+5;b?, and conversations that teach how to solve and check them.
+
+    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer).
+    """
+
+    out: Path = Path("runs/problems")
+    """Folder for the files."""
+    lessons: int = 60_000
+    """Conversations."""
+    lengths: tuple[int, int] = (1, 10)
+    """Shortest and longest problem in the lessons, in operations."""
+    test: int = 400
+    """Problems of each length to test on; none of them is in a lesson."""
+    test_lengths: tuple[int, ...] = (4, 8, 12, 16, 20)
+    """Lengths to test on."""
+    modulus: int = 31
+    """Values are 0 to modulus - 1."""
+    form: Form = "mixed"
+    """chain: the variable before and a number; tree: any two earlier variables; mixed: both."""
+    share: float = 0.03
+    """Share of calculations that no lesson and no problem of test.jsonl needs, but every one of held-out.jsonl."""
+    seed: int = 0
+    """Another seed gives other problems."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.lengths[0] <= self.lengths[1]:
+            raise ConfigError(f"lengths: got {self.lengths}, expected the shortest and the longest", hint="1 10")
+        if self.lessons < 0 or self.test < 0:
+            raise ConfigError("lessons and test must not be negative", hint="0 makes none")
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"share: got {self.share}, expected 0 to less than 1", hint="0.03 is usual")
+
+
+def run(config: ProblemsConfig, console: Console) -> None:
+    """Write the three files."""
+    with contextlib.closing(RunFolder.open(config.out, to_mapping(config), may_change=("out",))) as folder:
+        lessons = Lessons(
+            count=config.lessons,
+            lengths=config.lengths,
+            modulus=config.modulus,
+            form=config.form,
+            share=config.share,
+            seed=config.seed,
+        )
+        with console.progress(config.lessons, "lessons") as advance:
+            rows = []
+            for row in lessons.rows():
+                rows.append(row)
+                if len(rows) % 1000 == 0:
+                    advance(1000)
+        written = {"lessons.jsonl": _write(folder.path / "lessons.jsonl", rows)}
+        for name, split in (("test.jsonl", "test"), ("held-out.jsonl", "held-out")):
+            if split == "test" or config.share:
+                written[name] = _write(folder.path / name, _problems(config, split))  # type: ignore[arg-type]
+        table: dict[str, Any] = {
+            "title": str(config.out),
+            "columns": ["file", "rows", "sha256"],
+            "rows": [[name, f"{count:,}", digest[:16]] for name, (count, digest) in written.items()],
+            "note": "Equal settings give equal files.",
+        }
+        console.table(**table)
+        headline = {name: f"{count:,} rows" for name, (count, _) in written.items()}
+        folder.write_summary({"verb": "problems", "headline": headline, "tables": [table]})
+        console.result({name: {"rows": count, "sha256": digest} for name, (count, digest) in written.items()})
+
+
+def _problems(config: ProblemsConfig, split: Split) -> Iterable[Mapping[str, Any]]:
+    for length in config.test_lengths:
+        seen: set[str] = set()
+        number = 0
+        while len(seen) < config.test:
+            program = draw_program(
+                length,
+                derive_seed(config.seed, "test problem", length, number),
+                modulus=config.modulus,
+                form=config.form,
+                split=split,
+                share=config.share,
+            )
+            number += 1
+            if program.question not in seen:
+                seen.add(program.question)
+                yield problem_row(program, f"{length}-{len(seen)}", split)
+            if number > 100 * config.test + 100:
+                raise ConfigError(f"there are not {config.test} problems of length {length}", hint="ask for fewer")
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    content = "".join(lines)
+    atomic_write(path, content)
+    return len(lines), sha256_bytes(content.encode())

@@ -1,0 +1,142 @@
+"""Problems of graded length whose answers are certain: small programs of assignments, modulo a prime.
+
+    f=17;b=f+5;q=b*3;q?
+
+The length is the number of operations. Names are random, so that nothing can be told from them; a `chain` uses the
+variable before and a number, a `tree` any two earlier variables. Some triples (operation, left, right) are held out:
+problems of the split `train` and `test` never need one, those of `held-out` need one at least. Length can be held out
+by asking for other lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from luthier.core.errors import ConfigError
+from luthier.core.seeds import derive_seed
+
+Form = Literal["chain", "tree", "mixed"]
+Split = Literal["train", "test", "held-out"]
+OPERATIONS = "+-*"
+LONGEST = len(string.ascii_lowercase) - 2
+"""Operations, as every variable needs a letter of its own."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An assignment: `name` = `left` `sign` `right`, where left is a variable and right a variable or a number."""
+
+    name: str
+    left: str
+    sign: str
+    right: str
+
+    @property
+    def text(self) -> str:
+        """As it stands in the problem."""
+        return f"{self.name}={self.left}{self.sign}{self.right}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Known values, then operations; the last variable is asked for. All values are modulo `modulus`."""
+
+    known: Mapping[str, int]
+    operations: tuple[Operation, ...]
+    modulus: int
+    form: str
+
+    @property
+    def question(self) -> str:
+        """The problem as text."""
+        given = [f"{name}={value}" for name, value in self.known.items()]
+        return ";".join([*given, *(operation.text for operation in self.operations), f"{self.operations[-1].name}?"])
+
+    @property
+    def answer(self) -> str:
+        """The right value of the last variable."""
+        return str(self.values()[self.operations[-1].name])
+
+    def operands(self, operation: Operation, values: Mapping[str, int]) -> tuple[int, int]:
+        """The two numbers that an operation works on, given the values of the variables before it."""
+        right = values[operation.right] if operation.right in values else int(operation.right)
+        return values[operation.left], right
+
+    def apply(self, operation: Operation, values: Mapping[str, int]) -> int:
+        """What follows for an operation from the values of the variables before it."""
+        left, right = self.operands(operation, values)
+        result = {"+": left + right, "-": left - right, "*": left * right}[operation.sign]
+        return result % self.modulus
+
+    def values(self, mistakes: Mapping[int, int] | None = None) -> dict[str, int]:
+        """The value of every variable. `mistakes`: by which amount the step of that index (from 0) goes wrong."""
+        values = dict(self.known)
+        for index, operation in enumerate(self.operations):
+            wrong = (mistakes or {}).get(index, 0)
+            values[operation.name] = (self.apply(operation, values) + wrong) % self.modulus
+        return values
+
+    def triples(self, mistakes: Mapping[int, int] | None = None) -> Iterator[tuple[str, int, int]]:
+        """Every (operation, left, right) that is worked out on the way."""
+        values = self.values(mistakes)
+        for operation in self.operations:
+            yield operation.sign, *self.operands(operation, values)
+
+
+def is_held_out(triple: tuple[str, int, int], share: float) -> bool:
+    """Whether a calculation belongs to the share (0 to 1) that training never shows; the same for every seed."""
+    digest = hashlib.sha256(repr(triple).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < share
+
+
+def draw_program(
+    length: int, seed: int, *, modulus: int = 31, form: Form = "mixed", split: Split = "train", share: float = 0.03
+) -> Program:
+    """A random program of `length` operations. Equal arguments give equal programs, and splits never share one.
+
+    share: of calculations that are held out. Raises: ConfigError for an impossible length or modulus.
+    """
+    if not 1 <= length <= LONGEST:
+        raise ConfigError(f"length: got {length}, expected 1 to {LONGEST}", hint="every variable needs its own letter")
+    if modulus < 3:
+        raise ConfigError(f"modulus: got {modulus}, expected 3 or more", hint="31 and 97 are usual")
+    for attempt in range(10_000):
+        rng = random.Random(derive_seed(seed, "program", split, length, attempt))
+        program = _draw(rng, length, modulus, form)
+        held = any(is_held_out(triple, share) for triple in program.triples())
+        if held == (split == "held-out") and (_side(program) < 0.9) == (split == "train"):
+            return program
+    raise ConfigError(
+        f"no problem of {length} operations fits the split {split!r}", hint="change the share of what is held out"
+    )
+
+
+def _side(program: Program) -> float:
+    """Which side a problem is on: below 0.9 it is for training. Decided by its text alone."""
+    digest = hashlib.sha256(program.question.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def _draw(rng: random.Random, length: int, modulus: int, form: Form) -> Program:
+    form = rng.choice(("chain", "tree")) if form == "mixed" else form
+    names = rng.sample(string.ascii_lowercase, length + 2)
+    num_known = 1 if form == "chain" else 2
+    known = {name: rng.randrange(modulus) for name in names[:num_known]}
+    earlier, operations = list(known), []
+    for name in names[num_known : num_known + length]:
+        left = earlier[-1]
+        right = str(rng.randrange(2, modulus)) if form == "chain" else rng.choice(earlier)
+        operations.append(Operation(name, left, rng.choice(OPERATIONS), right))
+        earlier.append(name)
+    return Program(known, tuple(operations), modulus, form)
+
+
+def problem_row(program: Program, name: str, split: Split) -> dict[str, Any]:
+    """A problem as a row of kind `answer`."""
+    metadata = {"length": len(program.operations), "form": program.form, "split": split}
+    return {"id": name, "prompt": program.question, "answer": program.answer, "metadata": metadata}

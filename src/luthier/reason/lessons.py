@@ -1,0 +1,157 @@
+"""Conversations that teach a small model what Socratic Self-Refine asks of one, in the short wording.
+
+Solving step by step; decomposing a solution as it stands, mistakes included; answering one step from stated values,
+right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
+comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core.seeds import derive_seed
+from luthier.data.problems import Form, Program, draw_program, is_held_out
+from luthier.llm.types import Message
+from luthier.reason.prompts import SHORT, Finding, Step
+
+Values = Mapping[str, int]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What to teach, on which problems."""
+
+    count: int
+    lengths: tuple[int, int]
+    """Shortest and longest problem, in operations."""
+    modulus: int = 31
+    form: Form = "mixed"
+    share: float = 0.03
+    """Of calculations that are never shown."""
+    seed: int = 0
+    solve: float = 0.34
+    """Relative frequency of each kind of lesson."""
+    step: float = 0.2
+    decompose: float = 0.14
+    refine: float = 0.16
+    judge: float = 0.08
+    rewrite: float = 0.06
+    confidence: float = 0.02
+    false_hints: float = 0.15
+    """Share of doubts about a step that is right."""
+
+    def rows(self) -> Iterator[Row]:
+        """The lessons, as rows of kind `messages`."""
+        kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
+        kinds |= {"rewrite": _rewrite, "confidence": _confidence}
+        weights = [getattr(self, name) for name in kinds]
+        for number in range(self.count):
+            seed = derive_seed(self.seed, "lesson", number)
+            rng = random.Random(seed)
+            length = rng.randint(*self.lengths)
+            program = draw_program(length, seed, modulus=self.modulus, form=self.form, share=self.share)
+            name = rng.choices(list(kinds), weights)[0]
+            *given, reply = kinds[name](self, rng, program)
+            context = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]
+            yield {"messages": [*context, dict(reply)], "lesson": name, "length": length}
+
+
+def solution(program: Program, values: Values) -> str:
+    """A chain of thought: one line a step, with the numbers it works on, then the answer."""
+    lines = []
+    for operation in program.operations:
+        left, right = program.operands(operation, values)
+        lines.append(f"{operation.name}={left}{operation.sign}{right}={values[operation.name]}")
+    return "\n".join([*lines, f"####{values[program.operations[-1].name]}"])
+
+
+def steps(program: Program, values: Values) -> list[Step]:
+    """The Socratic steps of a solution."""
+    return [Step(f"{operation.name}?", str(values[operation.name])) for operation in program.operations]
+
+
+def mistakes(lessons: Lessons, rng: random.Random, program: Program, most: int = 2) -> dict[int, int]:
+    """A few steps that go wrong, and by how much: near misses are likelier. What is held out never comes up."""
+    for _ in range(50):
+        chosen = rng.sample(range(len(program.operations)), min(rng.randint(1, most), len(program.operations)))
+        wrong = {
+            index: rng.choice((1, -1, 10, -10, 2, rng.randrange(1, program.modulus))) % program.modulus
+            for index in chosen
+        }
+        found = {index: amount for index, amount in sorted(wrong.items()) if amount}
+        if found and not any(is_held_out(triple, lessons.share) for triple in program.triples(found)):
+            return found
+    return {}
+
+
+def _perhaps(lessons: Lessons, rng: random.Random, program: Program, chance: float) -> dict[int, int]:
+    return mistakes(lessons, rng, program) if rng.random() < chance else {}
+
+
+def _solve(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    return [*SHORT.solve(program.question), _reply(solution(program, program.values()))]
+
+
+def _decompose(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    values = program.values(_perhaps(lessons, rng, program, 0.5))
+    asked = SHORT.decompose(program.question, solution(program, values))
+    return [*asked, _reply(SHORT.steps(steps(program, values)))]
+
+
+def _step(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    values = program.values(_perhaps(lessons, rng, program, 0.5))
+    index = rng.randrange(len(program.operations))
+    operation, stated = program.operations[index], steps(program, values)
+    left, right = program.operands(operation, values)
+    result = program.apply(operation, values)
+    asked = SHORT.step(program.question, stated[:index], stated[index].question)
+    return [*asked, _reply(f"{operation.name}={left}{operation.sign}{right}={result}\n####{result}")]
+
+
+def _refine(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    wrong = mistakes(lessons, rng, program, most=3)
+    values, stated = program.values(wrong), steps(program, program.values(wrong))
+    findings: list[Finding] = []
+    for index in wrong:
+        right = str(program.apply(program.operations[index], values))
+        findings.append(Finding(stated[index], right, asserted=not findings))
+    if not findings or rng.random() < lessons.false_hints:
+        index = rng.randrange(len(stated))
+        other = (values[program.operations[index].name] + rng.randrange(1, program.modulus)) % program.modulus
+        findings = [Finding(stated[index], str(other))]
+    asked = SHORT.refine(program.question, solution(program, values), findings)
+    return [*asked, _reply(solution(program, program.values()))]
+
+
+def _judge(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    """The judge works it out again, then gives 5 or 0."""
+    values, right = program.values(_perhaps(lessons, rng, program, 0.5)), program.values()
+    last = program.operations[-1].name
+    own = solution(program, right).rpartition("\n")[0]
+    asked = SHORT.judge(program.question, solution(program, values))
+    return [*asked, _reply(f"{own}\n####{5 if values[last] == right[last] else 0}")]
+
+
+def _rewrite(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    values, right = program.values(_perhaps(lessons, rng, program, 0.8)), program.values()
+    own = solution(program, right).rpartition("\n")[0]
+    last = program.operations[-1].name
+    verdict = f"{own}\n####{5 if values[last] == right[last] else 0}"
+    asked = SHORT.rewrite(program.question, solution(program, values), verdict)
+    return [*asked, _reply(solution(program, right))]
+
+
+def _confidence(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    answer = rng.randrange(program.modulus)
+    share = rng.choice((0.0, 0.2, 0.8, 1.0))
+    references = [answer if rng.random() < share else rng.randrange(program.modulus) for _ in range(5)]
+    asked = SHORT.confidence(str(answer), [str(reference) for reference in references])
+    return [*asked, _reply(f"####{sum(reference == answer for reference in references)}")]
+
+
+def _reply(text: str) -> Message:
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Callable[..., Any], tmp_path: Path) -> None:
+    command = ("problems", "--lessons", 60, "--test", 3, "--test-lengths", 2, 5, "--lengths", 1, 3)
+    outcome = luthier(*command, "--out", tmp_path / "p", "--json")
+    assert outcome.code == 0, outcome.err
+    files = json.loads(outcome.out)
+    assert {name: file["rows"] for name, file in files.items()} == {
+        "lessons.jsonl": 60,
+        "test.jsonl": 6,
+        "held-out.jsonl": 6,
+    }
+    again = json.loads(luthier(*command, "--out", tmp_path / "q", "--json").out)
+    assert again == files
+    model = ("--size", "nano", "--steps", 4, "--warmup-steps", 1, "--vocab-size", 258, "--sequence-length", 256)
+    quick = ("--eval-every", 0, "--sample-prompts", "--batch-size", 2, "--micro-batch-size", 2, "--compile", "off")
+    lessons = tmp_path / "p" / "lessons.jsonl"
+    trained = luthier("pretrain", "--data", lessons, "--out", tmp_path / "m", *model, *quick)
+    assert trained.code == 0, trained.err
+    tasks = ("--tasks", tmp_path / "p" / "test.jsonl", "--method", "cot:prompts=short,max_tokens=20")
+    solved = luthier("eval", tmp_path / "m" / "model", *tasks, "--out", tmp_path / "e", "--by", "length")
+    assert solved.code == 0, solved.err
+    assert "test by length" in solved.out
+
+
+def test_bad_settings_are_named(luthier: Callable[..., Any], tmp_path: Path) -> None:
+    assert luthier("problems", "--lengths", 5, 2, "--out", tmp_path).error.startswith("lengths: got (5, 2)")

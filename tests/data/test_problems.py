@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.core.errors import ConfigError
+from luthier.data.problems import draw_program, is_held_out, problem_row
+
+
+@given(st.integers(1, 24), st.integers(0, 10**6), st.sampled_from(["chain", "tree"]))
+def test_answers_are_what_python_computes(length: int, seed: int, form: str) -> None:
+    program = draw_program(length, seed, form=form)  # type: ignore[arg-type]
+    *assignments, asked = program.question.split(";")
+    values: dict[str, int] = {}
+    for assignment in assignments:
+        name, expression = assignment.split("=")
+        left, sign, right = re.fullmatch(r"(\w+)(?:([-+*])(\w+))?", expression).groups()  # type: ignore[union-attr]
+        a = values.get(left) if left in values else int(left)
+        b = 0 if right is None else values.get(right) if right in values else int(right)
+        assert a is not None
+        assert b is not None
+        values[name] = {"+": a + b, "-": a - b, "*": a * b, None: a}[sign] % program.modulus
+    assert str(values[asked.removesuffix("?")]) == program.answer
+    assert len(program.operations) == length == problem_row(program, "1", "train")["metadata"]["length"]
+
+
+def test_splits_share_no_problem_and_no_held_out_calculation() -> None:
+    drawn = {
+        split: [draw_program(4, seed, split=split, share=0.1) for seed in range(300)]
+        for split in ("train", "test", "held-out")
+    }
+    questions = {split: {program.question for program in programs} for split, programs in drawn.items()}
+    assert not questions["train"] & questions["test"]
+    for split, programs in drawn.items():
+        touched = [any(is_held_out(triple, 0.1) for triple in program.triples()) for program in programs]
+        assert set(touched) == {split == "held-out"}
+
+
+def test_mistakes_go_on_to_the_steps_after_them() -> None:
+    program = draw_program(5, 1, form="chain")
+    right, wrong = program.values(), program.values({2: 3})
+    names = [operation.name for operation in program.operations]
+    assert [right[name] == wrong[name] for name in names[:3]] == [True, True, False]
+    assert wrong[names[2]] == (right[names[2]] + 3) % program.modulus
+    assert wrong[names[3]] == program.apply(program.operations[3], wrong)
+
+
+@pytest.mark.parametrize(("length", "modulus"), [(0, 31), (25, 31), (3, 2)])
+def test_what_cannot_be_drawn(length: int, modulus: int) -> None:
+    with pytest.raises(ConfigError):
+        draw_program(length, 0, modulus=modulus)

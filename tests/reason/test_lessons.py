@@ -1,0 +1,99 @@
+"""Every lesson is right: the teacher's replies follow from what the pupil sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from luthier.data.problems import is_held_out
+from luthier.reason.lessons import Lessons
+from luthier.reason.replies import read_steps
+from luthier.tasks.answers import extract_answer
+
+LESSONS = Lessons(count=400, lengths=(1, 6), seed=3)
+ROWS = list(LESSONS.rows())
+
+
+def rows(kind: str) -> Iterator[tuple[str, str, Any]]:
+    for row in ROWS:
+        if row["lesson"] == kind:
+            yield row["messages"][0]["content"], row["messages"][-1]["content"], row
+
+
+def truth(question: str) -> dict[str, int]:
+    values: dict[str, int] = {}
+    for assignment in question.split(";")[:-1]:
+        name, expression = assignment.split("=")
+        values[name] = int(eval(expression, {}, values)) % 31  # the test's own text
+    return values
+
+
+def test_all_kinds_are_taught_and_equal_settings_give_equal_lessons() -> None:
+    assert {row["lesson"] for row in ROWS} == {
+        "solve",
+        "step",
+        "decompose",
+        "refine",
+        "judge",
+        "rewrite",
+        "confidence",
+    }
+    assert list(LESSONS.rows()) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["solve", "refine", "rewrite"])
+def test_solutions_are_right_whatever_came_before(kind: str) -> None:
+    for asked, reply, _ in rows(kind):
+        question = asked.split("\n")[0]
+        values = truth(question)
+        assert extract_answer(reply) == str(values[question.split(";")[-1][:-1]])
+        for line in reply.split("\n")[:-1]:
+            name, calculation, value = line.split("=")
+            assert int(eval(calculation)) % 31 == int(value) == values[name]
+
+
+def test_decompositions_say_what_the_solution_says() -> None:
+    for asked, reply, _ in rows("decompose"):
+        lines = asked.split("\n")[1:-2]
+        stated = [(line.split("=")[0] + "?", line.split("=")[-1]) for line in lines]
+        assert [(step.question, step.answer) for step in read_steps(reply)] == stated
+
+
+def test_a_step_follows_from_the_stated_values() -> None:
+    for asked, reply, _ in rows("step"):
+        question, *given = asked.split("\n")
+        values = {part.split("=")[0]: int(part.split("=")[1]) for part in question.split(";") if part[2:].isdigit()}
+        values |= {q[3:-1]: int(a[3:]) for q, a in zip(given[:-2:2], given[1:-2:2], strict=True)}
+        name = given[-2][3:-1]
+        expression = next(part for part in question.split(";") if part.startswith(f"{name}="))[2:]
+        assert extract_answer(reply) == str(eval(expression, {}, values) % 31)
+
+
+def test_mistaken_solutions_are_context_and_not_learned() -> None:
+    for _, _, row in rows("refine"):
+        (first,) = [m for m in row["messages"][:-1] if m["role"] == "assistant"]
+        assert first["weight"] == 0
+        assert "Wait: " in first["content"]
+        assert "weight" not in row["messages"][-1]
+
+
+def test_judges_tell_right_from_wrong() -> None:
+    scores = set()
+    for asked, reply, _ in rows("judge"):
+        question, *solution, _ = asked.split("\n")
+        right = solution[-1] == f"####{truth(question)[question.split(';')[-1][:-1]]}"
+        assert extract_answer(reply) == ("5" if right else "0")
+        scores.add(right)
+    assert scores == {True, False}
+
+
+def test_nothing_held_out_is_ever_shown() -> None:
+    for row in ROWS:
+        for line in "\n".join(message["content"] for message in row["messages"]).split("\n"):
+            parts = line.split("=")
+            if len(parts) == 3 and ";" not in line:
+                sign = next(sign for sign in "+-*" if sign in parts[1])
+                left, right = parts[1].split(sign)
+                assert not is_held_out((sign, int(left), int(right)), LESSONS.share)
