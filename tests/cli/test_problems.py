@@ -23,6 +23,10 @@ def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Calla
     lessons = tmp_path / "p" / "lessons.jsonl"
     trained = luthier("pretrain", "--data", lessons, "--out", tmp_path / "m", *model, *quick)
     assert trained.code == 0, trained.err
+    said = luthier("chat", tmp_path / "m" / "model", "--prompt", "a=1;b=a+1;b?\nSolve.", "--max-tokens", 2, "--json")
+    assert json.loads(said.out)["raw"] is False  # it learned the chat format
+    scored = luthier("eval", tmp_path / "m" / "model", "--data", lessons, "--out", tmp_path / "s")
+    assert "conversations, expected text" in scored.error
     tasks = ("--tasks", tmp_path / "p" / "test.jsonl", "--method", "cot:prompts=short,max_tokens=20")
     solved = luthier("eval", tmp_path / "m" / "model", *tasks, "--out", tmp_path / "e", "--by", "length")
     assert solved.code == 0, solved.err

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.data.chat import encode_chat
+from luthier.data.chat import encode_chat, render
+from luthier.data.files import END_OF_TEXT
 from luthier.data.mixture import WindowMixture
 from luthier.data.shards import IGNORED, TokenShards, write_shards
 from luthier.data.sources import open_source, split
 from luthier.data.tokenizer import train_bpe
+from luthier.learn.evaluate import code_length
+from luthier.train.prepare import prepare_text, token_stream
 
 CHATS = [[{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": str(2 * n)}] for n in range(40)]
 DOUBT = [
@@ -57,10 +60,49 @@ def test_no_conversation_crosses_a_window(path: Path, tmp_path: Path) -> None:
     length = 128
     shards = shards_of(path, tmp_path / "shards", align=length)
     tokenizer = train_bpe(open_source(str(path)).texts(), 258)
-    for end, messages in zip(shards.boundaries()[:, 0].tolist(), [*CHATS, DOUBT], strict=True):
+    ends = [end for end, num_bytes in shards.boundaries().tolist() if num_bytes]
+    for end, messages in zip(ends, [*CHATS, DOUBT], strict=True):
         start = end - len(encode_chat(tokenizer, messages).ids)
         assert shards.tokens[start:end].tolist() == encode_chat(tokenizer, messages).ids
         assert start // length == (end - 1) // length
+
+
+def test_padding_is_a_document_of_its_own(path: Path, tmp_path: Path) -> None:
+    length = 128
+    shards = shards_of(path, tmp_path / "shards", align=length)
+    tokenizer = train_bpe(open_source(str(path)).texts(), 258)
+    padded = 0
+    for index in range(shards.num_windows(length)):
+        ids, documents = shards.window(index, length)[:-1], shards.window_document_ids(index, length)
+        padding = ids == tokenizer.pad_token_id
+        assert not set(documents[padding].tolist()) & set(documents[~padding].tolist())
+        assert (shards.window_targets(index, length) != tokenizer.pad_token_id).all()
+        padded += int(padding.sum())
+    assert padded
+    assert list(shards.decode_documents(tokenizer)) == [
+        render(messages).removesuffix(END_OF_TEXT) for messages in [*CHATS, DOUBT]
+    ]
+
+
+def test_shards_are_laid_out_again_for_another_length(path: Path, tmp_path: Path) -> None:
+    settings = {"held_out": 0.2, "vocab_size": 258, "seed": 0}
+    for length in (128, 64):
+        corpus = prepare_text([open_source(str(path))], None, tmp_path, **settings, sequence_length=length)  # type: ignore[arg-type]
+        assert [part.align for part in corpus.training] == [length]
+    assert corpus.held_out.align == 0
+
+
+def test_a_measure_of_conversations_counts_the_replies_alone(path: Path, tmp_path: Path) -> None:
+    stream = token_stream(shards_of(path, tmp_path / "shards"))
+    assert stream.mask is not None
+    nats = np.where(stream.mask == 1, 2.0, 100.0)
+    score = code_length(stream, nats)
+    assert score["loss"] == 2
+    assert score["scored_tokens"] == stream.mask.sum() == stream.num_bytes.sum() + len(CHATS) + 1  # bytes, and each EOS
+    assert score["bits_per_byte"] == pytest.approx(2 * stream.mask.sum() / np.log(2) / stream.num_bytes.sum())
+    head = stream.head(100)
+    assert head.mask is not None
+    assert len(head.mask) == len(head.tokens)
 
 
 def test_a_mixture_gives_masked_targets(path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_solutions_are_right_whatever_came_before(kind: str) -> None:
         values = truth(question)
         assert extract_answer(reply) == str(values[question.split(";")[-1][:-1]])
         for line in reply.split("\n")[:-1]:
-            name, calculation, value = line.split("=")
+            name, operation, calculation, value = line.split("=")
+            assert f"{name}={operation}" in question.split(";")
             assert int(eval(calculation)) % 31 == int(value) == values[name]
 
 
@@ -69,6 +71,12 @@ def test_a_step_follows_from_the_stated_values() -> None:
         name = given[-2][3:-1]
         expression = next(part for part in question.split(";") if part.startswith(f"{name}="))[2:]
         assert extract_answer(reply) == str(eval(expression, {}, values) % 31)
+
+
+def test_short_problems_come_more_often() -> None:
+    counts = Counter(row["length"] for row in ROWS)
+    assert set(counts) == set(range(1, 7))
+    assert counts[1] > counts[3] > counts[6]
 
 
 def test_mistaken_solutions_are_context_and_not_learned() -> None:
@@ -93,7 +101,7 @@ def test_nothing_held_out_is_ever_shown() -> None:
     for row in ROWS:
         for line in "\n".join(message["content"] for message in row["messages"]).split("\n"):
             parts = line.split("=")
-            if len(parts) == 3 and ";" not in line:
-                sign = next(sign for sign in "+-*" if sign in parts[1])
-                left, right = parts[1].split(sign)
+            if len(parts) == 4 and ";" not in line:
+                sign = next(sign for sign in "+-*" if sign in parts[2])
+                left, right = parts[2].split(sign)
                 assert not is_held_out((sign, int(left), int(right)), LESSONS.share)

@@ -200,10 +200,9 @@ def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
 
 
 def _only_pretrained(provenance: Mapping[str, Any]) -> bool:
-    """Whether a model has seen no conversation: it was pretrained, or is the quantized version of such a one."""
-    if provenance.get("verb") == "quantize":
-        return any(parent.get("verb") == "pretrain" for parent in provenance.get("parents", []))
-    return provenance.get("verb") == "pretrain"
+    """Whether a model has seen no conversation: pretrained on text, or the quantized version of such a one."""
+    made = provenance.get("parents", []) if provenance.get("verb") == "quantize" else [provenance]
+    return any(model.get("verb") == "pretrain" and not model.get("chat") for model in made)
 
 
 def _only_message(config: ChatConfig) -> str:

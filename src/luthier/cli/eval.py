@@ -37,6 +37,8 @@ class EvalConfig:
     """URL of an OpenAI-compatible server that has the model; by default it runs in this process."""
     role: tuple[str, ...] = ()
     """Other models for some calls: judge=NAME@URL; the roles are solve, decompose, step, judge, refine and plan."""
+    prices: Path | None = None
+    """YAML file with dollars per million tokens, by model: NAME: {input: 0.05, output: 0.2}."""
     equal_to: str = ""
     """Add a majority vote that generates as many tokens as this method does."""
     repeats: int = 1

@@ -13,6 +13,7 @@ from luthier.core.console import Advance, Console
 from luthier.core.run import RunFolder
 from luthier.core.stats import mcnemar
 from luthier.llm.cache import CachedBackend
+from luthier.llm.prices import Prices
 from luthier.reason.methods import parse_method, solve
 from luthier.reason.session import Models, Solution
 from luthier.reason.trace import Trace, TraceFile
@@ -58,7 +59,8 @@ async def _solve_all(
     inner = open_model(config.model, endpoint=config.endpoint, device=config.device)
     roles = dict(open_role(text) for text in config.role)
     backends = [CachedBackend(backend, cache) for backend in (inner, *roles.values())]
-    models = Models(backends[0], dict(zip(roles, backends[1:], strict=True)))
+    price = Prices.read(config.prices).cost if config.prices else None
+    models = Models(backends[0], dict(zip(roles, backends[1:], strict=True)), price)
     found: dict[str, dict[str, list[Row]]] = {}
     try:
         async with Grader() as grader:

@@ -142,9 +142,10 @@ def _finish(config: PretrainConfig, run: RunFolder, corpus: Corpus, outcome: Pre
     from luthier.models.load import save_pretrained
     from luthier.report.html import write_report
 
-    summary = _summary(config, outcome)
+    summary = _summary(config, outcome, replies_only=corpus.held_out.mask is not None)
     provenance = {
         "verb": "pretrain",
+        "chat": corpus.held_out.mask is not None,  # it learned from conversations
         "config": to_mapping(config),
         "parents": [],
         "data": [{"name": part.name, "sha256": part.source_sha256} for part in [*corpus.training, corpus.held_out]],
@@ -161,10 +162,11 @@ def _finish(config: PretrainConfig, run: RunFolder, corpus: Corpus, outcome: Pre
     console.result({**outcome.held_out, "model": str(config.out / "model"), "report": str(report)})
 
 
-def _summary(config: PretrainConfig, outcome: Pretrained) -> dict[str, Any]:
+def _summary(config: PretrainConfig, outcome: Pretrained, *, replies_only: bool) -> dict[str, Any]:
     from luthier.learn.evaluate import interval_text
 
     score, state = outcome.held_out, outcome.state
+    counted = "; of conversations, only the replies count" if replies_only else ""
     return {
         "verb": "pretrain",
         "headline": {
@@ -177,5 +179,7 @@ def _summary(config: PretrainConfig, outcome: Pretrained) -> dict[str, Any]:
         },
         "tables": [],
         "held_out": score,
-        "context": f"windows of {config.sequence_length} tokens that advance by half; {score['documents']} documents",
+        "context": (
+            f"windows of {config.sequence_length} tokens that advance by half; {score['documents']} documents{counted}"
+        ),
     }

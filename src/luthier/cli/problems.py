@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
-from luthier.core.files import atomic_write, sha256_bytes
+from luthier.core.files import atomic_folder, atomic_write, sha256_bytes
 from luthier.core.run import RunFolder
 from luthier.core.seeds import derive_seed
 from luthier.data.problems import Form, Split, draw_program, problem_row
@@ -23,7 +23,8 @@ from luthier.reason.lessons import Lessons
 class ProblemsConfig:
     """Make problems of graded length, such as f=17;b=f+5;b?, and conversations that teach how to solve and check them.
 
-    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer).
+    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer), and tokenizer/, which has numbers,
+    names and signs as tokens of their own.
     """
 
     out: Path = Path("runs/problems")
@@ -75,6 +76,8 @@ def run(config: ProblemsConfig, console: Console) -> None:
         for name, split in (("test.jsonl", "test"), ("held-out.jsonl", "held-out")):
             if split == "test" or config.share:
                 written[name] = _write(folder.path / name, _problems(config, split))  # type: ignore[arg-type]
+        if rows:
+            _write_tokenizer(folder.path / "tokenizer", rows)
         table: dict[str, Any] = {
             "title": str(config.out),
             "columns": ["file", "rows", "sha256"],
@@ -113,3 +116,13 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
     content = "".join(lines)
     atomic_write(path, content)
     return len(lines), sha256_bytes(content.encode())
+
+
+def _write_tokenizer(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from luthier.data.chat import render
+    from luthier.data.tokenizer import SYMBOL_PATTERN, train_bpe
+
+    tokenizer = train_bpe((render(row["messages"]) for row in rows), None, pattern=SYMBOL_PATTERN)
+    if not folder.exists():
+        with atomic_folder(folder) as partial:
+            tokenizer.save_pretrained(partial)

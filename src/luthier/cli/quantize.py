@@ -117,13 +117,15 @@ def _write(config: QuantizeConfig, source: Path, quantized: Mapping[str, Quantiz
     from luthier.quantize.checkpoint import write_checkpoint
 
     settings = {name: getattr(config, name) for name in ("method", "pairing", "share", "rounds", "seed")}
+    made = read_provenance(source)
     provenance = {
         "verb": "quantize",
         "config": to_mapping(config),
         "parents": [
             {
                 "name": config.model,
-                "verb": read_provenance(source).get("verb", ""),
+                "verb": made.get("verb", ""),
+                "chat": made.get("chat", False),
                 "config_sha256": sha256_file(source / "config.json"),
             }
         ],

@@ -15,6 +15,7 @@ from luthier.cli.models import open_model, open_role
 from luthier.cli.solve_view import LiveView
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
+from luthier.llm.prices import Prices
 from luthier.reason.config import ReasonConfig
 from luthier.reason.methods import parse_method, solve
 from luthier.reason.session import Models, Solution
@@ -41,6 +42,8 @@ class SolveConfig:
     """Other models for some calls: judge=NAME@URL; the roles are solve, decompose, step, judge, refine and plan."""
     budget: tuple[str, ...] = ()
     """Limits: calls=40, tokens=20000, seconds=60. When one is reached, the best answer so far counts."""
+    prices: Path | None = None
+    """YAML file with dollars per million tokens, by model: NAME: {input: 0.05, output: 0.2}."""
     system: str | None = None
     """System message before the question."""
     trace: Path | None = None
@@ -85,13 +88,14 @@ async def _solve(question: str, settings: ReasonConfig, config: SolveConfig, con
         listeners: list[Any] = [] if console.as_json else [stack.enter_context(LiveView(console))]
         if config.trace is not None:
             listeners.append(stack.enter_context(contextlib.closing(TraceFile(config.trace))))
+        price = Prices.read(config.prices).cost if config.prices else None
         backend = open_model(config.model, endpoint=config.endpoint, device=config.device)
         roles = dict(open_role(text) for text in config.role)
         try:
             async with Grader() as grader:
                 return await solve(
                     [*head, {"role": "user", "content": question}],
-                    Models(backend, roles),
+                    Models(backend, roles, price),
                     settings,
                     equivalence=grader.equivalent,
                     trace=Trace("question", tuple(listeners)),

@@ -12,12 +12,18 @@ if TYPE_CHECKING:
 
 
 def open_text(spec: str, tokenizer: PreTrainedTokenizerFast) -> TextSource:
-    """A corpus as text; token shards are decoded."""
+    """A corpus as text; token shards are decoded. Raises: DataError for conversations, of which only replies count."""
+    from luthier.core.errors import DataError
     from luthier.data.shards import TokenShards
     from luthier.data.sources import TextSource, open_source
 
     if not (Path(spec) / "index.json").is_file():
-        return open_source(spec)
+        source = open_source(spec)
+        if source.conversations:
+            raise DataError(
+                f"{spec}: conversations, expected text", hint="luthier pretrain scores their replies; see its report"
+            )
+        return source
     shards = TokenShards.open(Path(spec), tokenizer)
     return TextSource(name=shards.name, documents=list(shards.decode_documents(tokenizer)))
 

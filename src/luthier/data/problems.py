@@ -2,10 +2,10 @@
 
     f=17;b=f+5;q=b*3;q?
 
-The length is the number of operations. Names are random, so that nothing can be told from them; a `chain` uses the
-variable before and a number, a `tree` any two earlier variables. Some triples (operation, left, right) are held out:
-problems of the split `train` and `test` never need one, those of `held-out` need one at least. Length can be held out
-by asking for other lengths.
+The length is the number of operations. Names are random, so that nothing can be told from them. Every operation uses
+the variable before it and, in a `chain`, a number, or, in a `tree`, any earlier variable. What would undo a mistake is
+not drawn: x-x, and products with 0 in a tree. Some calculations are held out: problems of the split `train` and `test`
+never need one, those of `held-out` need one at least. Length can be held out by asking for other lengths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import random
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.core.errors import ConfigError
@@ -89,8 +89,14 @@ class Program:
 
 
 def is_held_out(triple: tuple[str, int, int], share: float) -> bool:
-    """Whether a calculation belongs to the share (0 to 1) that training never shows; the same for every seed."""
-    digest = hashlib.sha256(repr(triple).encode()).digest()
+    """Whether a calculation belongs to the share (0 to 1) that training never shows; the same for every seed.
+
+    3+5 and 5+3 are one calculation.
+    """
+    sign, *operands = triple
+    if sign in "+*":
+        operands.sort()
+    digest = hashlib.sha256(repr((sign, *operands)).encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
@@ -127,13 +133,22 @@ def _draw(rng: random.Random, length: int, modulus: int, form: Form) -> Program:
     names = rng.sample(string.ascii_lowercase, length + 2)
     num_known = 1 if form == "chain" else 2
     known = {name: rng.randrange(modulus) for name in names[:num_known]}
-    earlier, operations = list(known), []
+    program = Program(known, (), modulus, form)
     for name in names[num_known : num_known + length]:
-        left = earlier[-1]
-        right = str(rng.randrange(2, modulus)) if form == "chain" else rng.choice(earlier)
-        operations.append(Operation(name, left, rng.choice(OPERATIONS), right))
-        earlier.append(name)
-    return Program(known, tuple(operations), modulus, form)
+        values = program.values()
+        operation = _draw_operation(rng, name, values, program)
+        program = replace(program, operations=(*program.operations, operation))
+    return program
+
+
+def _draw_operation(rng: random.Random, name: str, values: Mapping[str, int], program: Program) -> Operation:
+    left, sign = list(values)[-1], rng.choice(OPERATIONS)
+    if program.form == "chain":
+        return Operation(name, left, sign, str(rng.randrange(2, program.modulus)))
+    right = rng.choice(list(values))
+    if (sign == "-" and right == left) or (sign == "*" and 0 in (values[left], values[right])):
+        sign = "+"
+    return Operation(name, left, sign, right)
 
 
 def problem_row(program: Program, name: str, split: Split) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A shard folder holds, without headers and in little-endian order:
 
 - `tokens.bin`: all token ids, document after document, each with its EOS: uint16, or uint32 for ids above 65,535;
-- `documents.bin`: one int64 pair per document: the index one past its last token, and its length in UTF-8 bytes;
+- `documents.bin`: one int64 pair per document: the index one past its last token, and its length in UTF-8 bytes
+  (padding between conversations is a document of no bytes);
 - `mask.bin`, for conversations only: one byte per token, 1 where the model has to write it;
 - `index.json`: format version, dtype, counts, and the hashes of the tokenizer, the text and the tokens.
 
@@ -55,6 +56,7 @@ class TokenShards:
     source_sha256: str
     sha256: str  # of the token ids
     mask: NDArray[np.uint8] | None = field(default=None, repr=False)  # [num_tokens]: 1 on the tokens to learn
+    align: int = 0  # conversations do not cross multiples of so many tokens; 0: they may
 
     @classmethod
     def open(cls, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> TokenShards:
@@ -72,6 +74,7 @@ class TokenShards:
             source_sha256=index["source_sha256"],
             sha256=index["tokens_sha256"],
             mask=_map(folder / "mask.bin", MASK, (index["tokens"],)) if index.get("mask") else None,
+            align=index.get("align", 0),
         )
         if tokenizer is not None:
             shards.check_tokenizer(tokenizer)
@@ -151,12 +154,14 @@ class TokenShards:
         return self.tokens[ends[index - 1] if index else 0 : ends[index]].astype(np.int64)
 
     def decode_documents(self, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-        """The text of every document; with a lossless tokenizer, exactly what was written.
+        """The text of every document; with a lossless tokenizer, exactly what was written, conversations as rendered.
 
         Raises: DataError when the tokenizer is not the one that made the tokens, or for raw tokens.
         """
         self.check_tokenizer(tokenizer)
-        for index in range(self.num_documents):
+        for index, (_, num_bytes) in enumerate(self.boundaries().tolist()):
+            if self.align and num_bytes == 0:
+                continue  # padding
             yield decode_text(tokenizer, self.document(index)[:-1].tolist())
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -214,10 +219,11 @@ def write_shards(
                 tokens.write(data)
                 for file in masks:
                     file.write(np.asarray([0] * gap + mask, MASK).tobytes())
+                ends = [[num_tokens + gap, 0]] if gap else []
                 num_tokens += gap + len(ids)
-                num_documents += 1
+                num_documents += len(ends) + 1
                 num_bytes += length
-                boundaries.write(np.asarray([num_tokens, length], DOCUMENT).tobytes())
+                boundaries.write(np.asarray([*ends, [num_tokens, length]], DOCUMENT).tobytes())
         if num_documents == 0:
             raise DataError(f"{source}: no documents to tokenize", hint="give a corpus that contains text")
         index = {"format": FORMAT_VERSION, "dtype": dtype, "tokens": num_tokens, "documents": num_documents}

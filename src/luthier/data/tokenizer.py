@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PADDING = "<|padding|>"
 NUM_BYTES = 256  # the alphabet, so that every string can be encoded
+MOST_IDS = 1 << 16
 
 # What merges may not cross: English contractions; a word with the one character before it; a single digit; punctuation
 # with a space before and newlines after; blank lines; runs of spaces without the one that belongs to the next word.
@@ -42,6 +43,10 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 
+# For calculations: numbers below 100, single letters (names) and signs are tokens of their own, so that what stands at
+# the same place in every line is as many tokens away; words and runs of punctuation may merge.
+SYMBOL_PATTERN = r"\p{N}{1,2}|\p{L}{2,}|\p{L}|[^\s\p{L}\p{N}]+|\s"
+
 # One string per habit by which tokenizers lose text.
 LOSSLESS_PROBES = (
     "two  spaces, \ttabs\t and\r\nboth line ends\n\n",
@@ -54,11 +59,17 @@ LOSSLESS_PROBES = (
 
 
 def train_bpe(
-    documents: Iterable[str], vocab_size: int, *, end_of_text: str = END_OF_TEXT, padding: str = PADDING
+    documents: Iterable[str],
+    vocab_size: int | None,
+    *,
+    pattern: str = SPLIT_PATTERN,
+    end_of_text: str = END_OF_TEXT,
+    padding: str = PADDING,
 ) -> PreTrainedTokenizerFast:
     """Train a lossless byte-level BPE tokenizer; the same documents always give the same one.
 
-    vocab_size: number of token ids, of which 0 is `end_of_text` (BOS and EOS), 1 is `padding` and 256 are the bytes.
+    vocab_size: number of token ids, of which 0 is `end_of_text` (BOS and EOS), 1 is `padding` and 256 are the bytes;
+    None: as many as the text supports. pattern: what merges may not cross, each match a piece of its own.
     There is no normalizer and no added leading space, and the Instella chat template is set.
 
     Raises: DataError when vocab_size is below 258, or above what the text supports.
@@ -67,7 +78,7 @@ def train_bpe(
     from transformers import PreTrainedTokenizerFast
 
     smallest = NUM_BYTES + 2
-    if vocab_size < smallest:
+    if vocab_size is not None and vocab_size < smallest:
         raise DataError(
             f"vocabulary of {vocab_size}: a lossless one needs at least {smallest} (256 bytes and 2 special tokens)",
             hint="512 suits a few kilobytes of text, 4096 a few megabytes",
@@ -75,18 +86,18 @@ def train_bpe(
     backend = Tokenizer(models.BPE())
     # Offsets keep their spaces: the loss mask of the chat template is found by offset.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    words = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=MOST_IDS if vocab_size is None else vocab_size,
         special_tokens=[end_of_text, padding],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    if (reached := backend.get_vocab_size()) < vocab_size:
+    if vocab_size is not None and (reached := backend.get_vocab_size()) < vocab_size:
         raise DataError(
             f"the text supports a vocabulary of {reached} tokens, not {vocab_size}: nothing is left to merge",
             hint=f"set vocab_size to at most {reached}, or give more text",

@@ -3,6 +3,7 @@
 Read in this order: `types` (requests, completions, the `Backend` protocol), `endpoint` with `dialect`, `replies` and
 `retry` (any OpenAI-compatible server), `local` with `generation` and `sampling` (a transformers model in this process;
 the only part that needs torch), `cache` (replies are paid for once), `scripted` (a fake for tests),
+`prices` (tokens to dollars),
 `stub_server` (a server around a function, with faults on demand).
 """
 

@@ -3,6 +3,10 @@
 Solving step by step; decomposing a solution as it stands, mistakes included; answering one step from stated values,
 right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
+
+Two things decide how soon a small model learns any of this. A line says the operation as the problem has it, then with
+numbers (`b=f+5=17+5=22`): each token follows from one other place. And short problems are common, with a chance
+proportional to 1 / length: on them it learns to copy.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.core.seeds import derive_seed
-from luthier.data.problems import Form, Program, draw_program, is_held_out
+from luthier.data.problems import Form, Operation, Program, draw_program, is_held_out
 from luthier.llm.types import Message
 from luthier.reason.prompts import SHORT, Finding, Step
 
@@ -52,20 +56,27 @@ class Lessons:
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
             rng = random.Random(seed)
-            length = rng.randint(*self.lengths)
+            length = self._length(rng)
             program = draw_program(length, seed, modulus=self.modulus, form=self.form, share=self.share)
             name = rng.choices(list(kinds), weights)[0]
             *given, reply = kinds[name](self, rng, program)
             context = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]
             yield {"messages": [*context, dict(reply)], "lesson": name, "length": length}
 
+    def _length(self, rng: random.Random) -> int:
+        lengths = range(self.lengths[0], self.lengths[1] + 1)
+        return rng.choices(lengths, [1 / length for length in lengths])[0]
+
+
+def line(program: Program, operation: Operation, values: Values) -> str:
+    """One step: the operation, the same with numbers, and the value that `values` has for it."""
+    left, right = program.operands(operation, values)
+    return f"{operation.text}={left}{operation.sign}{right}={values[operation.name]}"
+
 
 def solution(program: Program, values: Values) -> str:
-    """A chain of thought: one line a step, with the numbers it works on, then the answer."""
-    lines = []
-    for operation in program.operations:
-        left, right = program.operands(operation, values)
-        lines.append(f"{operation.name}={left}{operation.sign}{right}={values[operation.name]}")
+    """A chain of thought: one line a step, then the answer."""
+    lines = [line(program, operation, values) for operation in program.operations]
     return "\n".join([*lines, f"####{values[program.operations[-1].name]}"])
 
 
@@ -106,10 +117,9 @@ def _step(lessons: Lessons, rng: random.Random, program: Program) -> list[Messag
     values = program.values(_perhaps(lessons, rng, program, 0.5))
     index = rng.randrange(len(program.operations))
     operation, stated = program.operations[index], steps(program, values)
-    left, right = program.operands(operation, values)
     result = program.apply(operation, values)
     asked = SHORT.step(program.question, stated[:index], stated[index].question)
-    return [*asked, _reply(f"{operation.name}={left}{operation.sign}{right}={result}\n####{result}")]
+    return [*asked, _reply(f"{line(program, operation, {**values, operation.name: result})}\n####{result}")]
 
 
 def _refine(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:

@@ -60,6 +60,8 @@ class PretrainConfig:
 
     sequence_length: int = 256
     """Tokens per sequence."""
+    context_length: int = 0
+    """Most tokens that the model accepts later; 0: sequence_length. More is for models that carry over to length."""
     batch_size: int = 16
     """Sequences per optimizer update, over all ranks."""
     micro_batch_size: int = 8
@@ -117,7 +119,7 @@ class PretrainConfig:
         _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every", "eval_tokens")
         _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "epsilon", "vocab_size")
         _check_not_negative(self, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
-        _check_not_negative(self, "seed")
+        _check_not_negative(self, "seed", "context_length")
         _check_fraction(self, "held_out", "final_fraction")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: got {self.betas}, expected 0 to less than 1", hint="for example 0.9 0.95")
@@ -128,6 +130,11 @@ class PretrainConfig:
         if self.weights and len(self.weights) != len(self.data):
             raise ConfigError(
                 f"weights: got {len(self.weights)} for {len(self.data)} corpora", hint="give one weight for each corpus"
+            )
+        if 0 < self.context_length < self.sequence_length or (self.context_length and self.model):
+            raise ConfigError(
+                f"context_length: got {self.context_length} with sequences of {self.sequence_length}",
+                hint="leave it 0, or give more than sequence_length; other architectures bring their own",
             )
         if self.document_mask and self.model:
             raise ConfigError(

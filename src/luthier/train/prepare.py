@@ -78,11 +78,12 @@ def _joined(parts: Sequence[TextSource]) -> TextSource:
 
 
 def _write(source: TextSource, tokenizer: PreTrainedTokenizerFast, folder: Path, *, align: int = 0) -> None:
+    align = align if source.conversations else 0
     if (folder / "index.json").exists():
         there = TokenShards.open(folder)
-        if (there.source_sha256, there.tokenizer_sha256) == (source.sha256, tokenizer_digest(tokenizer)):
+        wanted = (source.sha256, tokenizer_digest(tokenizer), align)
+        if (there.source_sha256, there.tokenizer_sha256, there.align) == wanted:
             return
-    align = align if source.conversations else 0
     write_shards(
         source.documents, tokenizer, folder, source=source.name, conversations=source.conversations, align=align
     )

@@ -65,9 +65,8 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, *, m
     if config.model:
         return _other_model(config, tokenizer)
     check_vocabulary(tokenizer, config.vocab_size)
-    sized = sized_config(
-        config.size, tokenizer, vocab_size=config.vocab_size, max_position_embeddings=config.sequence_length
-    )
+    longest = config.context_length or config.sequence_length
+    sized = sized_config(config.size, tokenizer, vocab_size=config.vocab_size, max_position_embeddings=longest)
     with torch.device("meta" if meta else "cpu"):
         model = InstellaForCausalLM._from_config(sized, dtype=torch.float32)
     if not meta:
