@@ -71,6 +71,7 @@ VERBS = {
         stage=True,
     ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
+    "serve": Verb("an OpenAI-compatible server that reasons", "luthier.cli.serve", "luthier.cli.serve:ServeConfig"),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
     "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
     "report": Verb("write a run as one HTML file", "luthier.cli.report", "luthier.cli.report:ReportConfig"),

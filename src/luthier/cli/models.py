@@ -1,14 +1,17 @@
-"""Models as users name them: a folder or hub id that runs in this process, or a name behind an endpoint."""
+"""Models and budgets as users name them: a folder or hub id that runs in this process, or a name behind an endpoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from luthier.llm.local import LocalModel
     from luthier.llm.types import StreamingBackend
+
+BUDGETS = {"calls": "max_calls", "tokens": "max_tokens_total", "seconds": "max_seconds", "dollars": "max_cost"}
 
 
 def open_model(
@@ -43,3 +46,17 @@ def open_role(text: str) -> tuple[str, StreamingBackend]:
         )
     name, at, url = model.rpartition("@")
     return (role, open_model(name, endpoint=url)) if at and "://" in url else (role, open_model(model))
+
+
+def read_budget(texts: Iterable[str]) -> dict[str, Any]:
+    """Limits such as calls=40 as settings of `ReasonConfig`. Raises: ConfigError naming what is wrong."""
+    limits: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in BUDGETS or not equals:
+            raise ConfigError(f"budget: got {text!r}, expected {', '.join(BUDGETS)}=NUMBER", hint="--budget calls=40")
+        try:
+            limits[BUDGETS[name]] = int(value) if name in ("calls", "tokens") else float(value)
+        except ValueError as error:
+            raise ConfigError(f"budget: {value!r} is no number", hint=f"for example {name}=40") from error
+    return limits

@@ -23,8 +23,8 @@ from luthier.reason.lessons import Lessons
 class ProblemsConfig:
     """Make problems of graded length, such as f=17;b=f+5;b?, and conversations that teach how to solve and check them.
 
-    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer), and tokenizer/, which has numbers,
-    names and signs as tokens of their own.
+    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer), and tokenizer/, in which numbers,
+    names and signs are tokens of their own.
     """
 
     out: Path = Path("runs/problems")

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from luthier.cli.models import open_model, open_role
+from luthier.cli.models import open_model, open_role, read_budget
 from luthier.cli.solve_view import LiveView
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
@@ -21,8 +21,6 @@ from luthier.reason.methods import parse_method, solve
 from luthier.reason.session import Models, Solution
 from luthier.reason.trace import Trace, TraceFile
 from luthier.tasks.grading import Grader
-
-BUDGETS = {"calls": "max_calls", "tokens": "max_tokens_total", "seconds": "max_seconds", "dollars": "max_cost"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +68,7 @@ def run(config: SolveConfig, console: Console) -> None:
 
 def settings_of(config: SolveConfig) -> ReasonConfig:
     """The method with its settings, and the budgets."""
-    limits: dict[str, Any] = {}
-    for text in config.budget:
-        name, equals, value = text.partition("=")
-        if name not in BUDGETS or not equals:
-            raise ConfigError(f"budget: got {text!r}, expected {', '.join(BUDGETS)}=NUMBER", hint="--budget calls=40")
-        try:
-            limits[BUDGETS[name]] = int(value) if name in ("calls", "tokens") else float(value)
-        except ValueError as error:
-            raise ConfigError(f"budget: {value!r} is no number", hint=f"for example {name}=40") from error
-    return replace(parse_method(config.method), **limits)
+    return replace(parse_method(config.method), **read_budget(config.budget))
 
 
 async def _solve(question: str, settings: ReasonConfig, config: SolveConfig, console: Console) -> Solution:

@@ -206,7 +206,7 @@ class Endpoint:
                     continue
                 failure = await self._failure(fault, path, tries=attempt + 1)
                 retryable = retry.is_retryable(fault)
-                wait = retry.read_retry_after(response.headers.get("retry-after"))
+                wait = failure.retry_after = retry.read_retry_after(response.headers.get("retry-after"))
             if not retryable or attempt >= self._max_retries or (wait or 0) > 10 * retry.LONGEST_WAIT:
                 raise failure
             await self._sleep(retry.backoff(attempt, self._rng) if wait is None else wait)
@@ -244,7 +244,7 @@ class Endpoint:
         hint = f"is the server running at {self.url}?"
         if isinstance(error, httpx.ReadTimeout):
             hint = "the server is too slow for this timeout: raise it, lower the concurrency, or ask for fewer tokens"
-        return RequestFailed(f"{self.url} {kind}", hint=hint)
+        return RequestFailed(f"{self.url} {kind}", hint=hint, timed_out=isinstance(error, httpx.TimeoutException))
 
 
 def normalize_url(url: str) -> str:

@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,8 +99,13 @@ class LocalModel:
         rows = await self._run(jobs)
         return [self._completion(request, position, row) for position, row in enumerate(rows)]
 
-    async def stream(self, request: Request) -> AsyncIterator[str]:
-        """The request's single sample, piece by piece. Text that a stop string may still remove is held back."""
+    async def stream(
+        self, request: Request, finished: Callable[[Completion], None] | None = None
+    ) -> AsyncIterator[str]:
+        """The request's single sample, piece by piece. Text that a stop string may still remove is held back.
+
+        `finished` gets the whole completion after the last piece.
+        """
         if request.n != 1:
             raise ConfigError(f"only one sample can be streamed, got n={request.n}", hint="ask with n=1")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
@@ -117,7 +122,9 @@ class LocalModel:
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
-            self._completion(request, 0, job.future.result())
+            completion = self._completion(request, 0, job.future.result())
+            if finished is not None:
+                finished(completion)
         finally:
             job.future.cancel()
 

@@ -70,12 +70,16 @@ class ScriptedBackend:
         )
         return Completion(text=reply, finish_reason="stop", index=index, usage=usage)
 
-    async def stream(self, request: Request) -> AsyncIterator[str]:
-        """The reply, word by word."""
+    async def stream(
+        self, request: Request, finished: Callable[[Completion], None] | None = None
+    ) -> AsyncIterator[str]:
+        """The reply, word by word; `finished` gets the whole completion after the last."""
         (completion,) = await self.complete(request)
         for word in re.findall(r"\s*\S+|\s+", completion.text):
             await asyncio.sleep(self._delay)
             yield word
+        if finished is not None:
+            finished(completion)
 
     async def score(self, prompt: str, completion: str) -> Score:
         """The scripted log-probability, as one token."""

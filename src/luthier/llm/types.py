@@ -206,15 +206,25 @@ def _token_from_json(value: Mapping[str, Any]) -> TokenLogprob:
 class RequestFailed(EndpointError):
     """A call to a model failed for good. It never stands for an empty answer.
 
-    `status` is the server's HTTP status, None when there was no answer. `completions` holds the samples of the same
-    request that did succeed (they are paid for: `CachedBackend` keeps them).
+    `status` is the server's HTTP status, None when there was no answer. `retry_after`: seconds that it asked to wait.
+    `timed_out`: it did not answer in time. `completions` holds the samples of the same request that did succeed (they
+    are paid for: `CachedBackend` keeps them).
     """
 
     def __init__(
-        self, message: str, *, hint: str, status: int | None = None, completions: Sequence[Completion] = ()
+        self,
+        message: str,
+        *,
+        hint: str,
+        status: int | None = None,
+        retry_after: float | None = None,
+        timed_out: bool = False,
+        completions: Sequence[Completion] = (),
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
+        self.retry_after = retry_after
+        self.timed_out = timed_out or status in (408, 504)
         self.completions = tuple(completions)
 
 
