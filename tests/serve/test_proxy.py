@@ -114,10 +114,11 @@ def test_progress_is_streamed_before_the_answer(proxy: str) -> None:
     with client(proxy) as one:
         events = list(
             one.chat.completions.create(
-                model="ssr-lin:rounds=2/org/stub",
+                model="ssr-lin:rounds=4/org/stub",
                 messages=ASKED,
                 stream=True,
                 stream_options={"include_usage": True},
+                seed=3,
             )
         )
     deltas = [event.choices[0].delta for event in events if event.choices]
