@@ -11,6 +11,7 @@ from luthier.cli.report import ReportConfig, run
 from luthier.core.console import Console
 from luthier.core.errors import DataError
 from luthier.core.run import RunFolder
+from luthier.reason.trace import Trace, TraceFile
 
 
 @pytest.fixture
@@ -40,3 +41,12 @@ def test_json_result(folder: Path, tmp_path: Path) -> None:
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         run(ReportConfig(run=tmp_path / "absent"), Console(out=io.StringIO()))
+
+
+def test_a_trace_has_its_own_page(tmp_path: Path) -> None:
+    trace = Trace("q", (file := TraceFile(tmp_path / "t.jsonl"),))
+    with trace.span("problem", "cot", question="2+2?", method="cot", model="m") as top:
+        top.data.update(answer="4", stop="done")
+    file.close()
+    run(ReportConfig(run=tmp_path / "t.jsonl"), Console(out=io.StringIO()))
+    assert "2+2?" in (tmp_path / "t.html").read_text()

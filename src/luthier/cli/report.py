@@ -10,21 +10,23 @@ import tyro
 
 from luthier.core.console import Console
 from luthier.report.html import write_report
+from luthier.report.traces import write_traces
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write a run, a recipe or a folder of runs as one HTML file that needs no network and no script."""
+    """Write a run, a recipe, a folder of runs or a trace of reasoning as one HTML file that needs no network."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder, recipe folder, or a folder that holds runs to compare."""
+    """Run folder, recipe folder, a folder that holds runs to compare, or a trace (.jsonl)."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Where to write; by default report.html inside the folder."""
+    """Where to write; by default report.html inside the folder, or beside the trace."""
 
 
 def run(config: ReportConfig, console: Console) -> None:
     """Write the report and say where it is."""
-    path = write_report(config.run, config.out)
+    write = write_traces if config.run.is_file() else write_report
+    path = write(config.run, config.out)
     console.print(f"report: {path}")
     console.result({"report": str(path)})

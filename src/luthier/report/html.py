@@ -89,13 +89,14 @@ def _stage(record: Record) -> str:
     return f'<article id="{record.anchor}">{heading}{body(record, SECTIONS, level=3)}</article>'
 
 
-def page(title: str, content: str) -> str:
-    """A whole HTML document around `content`, with the style sheet inside."""
-    style = resources.files("luthier.report").joinpath("style.css").read_text(encoding="utf-8")
+def page(title: str, content: str, *, style: str = "", script: str = "") -> str:
+    """A whole HTML document around `content`, with the style sheet inside, more of it in `style`, and a script."""
+    common = resources.files("luthier.report").joinpath("style.css").read_text(encoding="utf-8")
+    ending = f"<script>\n{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{html.escape(title)} · luthier</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>{content}</main>\n</body>\n</html>\n"
+        f"<title>{html.escape(title)} · luthier</title>\n<style>\n{common}{style}</style>\n</head>\n"
+        f"<body>\n<main>{content}</main>\n{ending}</body>\n</html>\n"
     )
