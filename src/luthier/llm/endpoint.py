@@ -26,6 +26,7 @@ import httpx
 from luthier.core.errors import ConfigError, EndpointError, did_you_mean
 from luthier.llm import replies, retry
 from luthier.llm.dialect import Dialect, Fault
+from luthier.llm.pools import pooled
 from luthier.llm.types import Completion, Request, RequestFailed, Score, Usage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -76,7 +77,7 @@ class Endpoint:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(timeout, connect=connect_timeout, pool=None),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            transport=transport,
+            transport=transport or pooled(concurrency),
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._max_retries = max_retries

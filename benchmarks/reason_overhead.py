@@ -1,0 +1,294 @@
+"""What Socratic Self-Refine costs beside its calls: time, memory, and the published implementation on the same server.
+
+    python benchmarks/reason_overhead.py [--official PATH] [--problems 200]
+
+A simulated solver in a process of its own answers every request after 50 ms. Three parts:
+
+1. overhead: SSR on many problems, 200 requests in flight, against the same requests sent bare with the same client
+   library at the same concurrency (no order among them, no answers read): the difference is our work and our waiting;
+2. memory: 1,000 problems of 12 steps in flight at once;
+3. with --official, a checkout of SalesforceAIResearch/socratic-self-refine-reasoning: its SSR-Lin and ours on the same
+   problems, M = 5 samples, R = 3, 30 problems and 100 calls at once: requests, generations, wall time, accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import importlib
+import json
+import multiprocessing
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import httpx
+from record import record
+
+from luthier.llm.endpoint import Endpoint
+from luthier.llm.pools import Pools, pooled
+from luthier.llm.stub_server import Faults, StubServer
+from luthier.reason.methods import parse_method, solve
+from luthier.reason.session import Models
+from luthier.reason.simulation import Chain, Habits, SimulatedSolver
+
+LATENCY, IN_FLIGHT, MODEL = 0.05, 200, "gpt-4.1-nano"  # a name that the published code accepts
+HABITS = Habits(error=0.1, judge_finds=1.0, judge_imagines=0.0)
+
+
+def free_reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: int) -> str:
+    """The same habits for requests in anybody's wording: what is asked for is told from numbers and layout alone."""
+    asked, whole = messages[-1]["content"], "\n".join(message["content"] for message in messages)
+    rng = random.Random(hashlib.sha256(f"{whole}{index}{random.random()}".encode()).digest())
+    if "v0 =" not in whole:  # an equivalence: the first number, then references
+        first, *references = re.findall(r"\d{3,}", asked)
+        return f"<answer>{round(5 * references.count(first) / max(len(references), 1))}</answer>"
+    chain = Chain.read(whole)
+
+    def deviation() -> int:
+        return rng.randrange(1, HABITS.variants + 1) if rng.random() < HABITS.error else 0
+
+    stated = [int(value) for value in re.findall(r"v\d+ = (\d+) follows", whole)][: len(chain.steps)]
+    if len(messages) == 3:  # a refinement: the last number is the hint for the step that was named last
+        doubted = messages[1]["content"].rpartition("follows.")[2]
+        step, hint = int(re.findall(r"What is v(\d+)\?", doubted)[-1]), int(re.findall(r"\d{3,}", doubted)[-1])
+        deviations = chain.deviations(stated)
+        deviations[step - 1] = (hint - chain.apply(step, stated[step - 2] if step > 1 else chain.first)) % 1_000_003
+        return "<evaluation>Yes.</evaluation>" + _said(chain.follow(deviations))
+    if '"sub-questions"' in asked:
+        pairs = [{"description": f"What is v{t}?", "answer": value} for t, value in enumerate(stated, 1)]
+        return json.dumps({"sub-questions": pairs})
+    if messages[0]["role"] == "system" and (wanted := re.findall(r"What is v(\d+)\?", asked)) and not stated:
+        index = int(wanted[-1])
+        known = re.findall(rf"What is v{index - 1}\?.*?(\d\d+)", asked, re.DOTALL)  # with the answer stated for it
+        before = int(known[-1]) if known else chain.first
+        return f"<answer>{(chain.apply(index, before) + deviation()) % 1_000_003}</answer>"
+    if messages[0]["role"] == "system":
+        return f"<answer>{5 if str(stated[-1]) == chain.answer else 1}</answer>"
+    return _said(chain.follow(chain.deviations(stated) if stated else [deviation() for _ in chain.steps]))
+
+
+def _said(values: Sequence[int]) -> str:
+    return "\n".join([*(f"v{t} = {v} follows." for t, v in enumerate(values, 1)), f"<answer>{values[-1]}</answer>"])
+
+
+def _serve(pipe: Any, anybody: bool) -> None:
+    async def run() -> None:
+        reply = free_reply if anybody else SimulatedSolver(HABITS).reply
+        async with StubServer(reply, latency=LATENCY, model=MODEL, faults=Faults()) as stub:
+            pipe.send(stub.url)
+            while True:
+                await asyncio.to_thread(pipe.recv)
+                ledger = stub.ledger
+                pipe.send({"requests": ledger.requests, "most_in_flight": ledger.most_in_flight})
+
+    asyncio.run(run())
+
+
+@contextmanager
+def server(*, anybody: bool = False) -> Any:
+    """URL of a simulated solver in a process of its own, and a function that reads its ledger."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, anybody), daemon=True)
+    process.start()
+
+    def ledger() -> dict[str, int]:
+        ours.send("?")
+        return dict(ours.recv())
+
+    try:
+        yield ours.recv(), ledger
+    finally:
+        process.terminate()
+        process.join()
+
+
+class Recording(httpx.AsyncBaseTransport):
+    """Keeps the bodies of all requests."""
+
+    def __init__(self) -> None:
+        self.inner = Pools(IN_FLIGHT // 8)
+        self.bodies: list[bytes] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.bodies.append(request.content)
+        return await self.inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+async def undecided(a: str, b: str) -> bool | None:
+    return None
+
+
+async def ours(
+    url: str,
+    chains: Sequence[Chain],
+    *,
+    concurrency: int,
+    at_once: int,
+    transport: httpx.AsyncBaseTransport | None = None,
+    method: str = "ssr:rounds=3,samples=5",
+) -> dict[str, float]:
+    """Solve all; seconds, CPU seconds and the share of right answers."""
+    endpoint = Endpoint(url, MODEL, concurrency=concurrency, transport=transport)
+    config, slots = parse_method(method), asyncio.Semaphore(at_once)
+
+    async def one(number: int, chain: Chain) -> bool:
+        async with slots:
+            solution = await solve(chain.question, Models(endpoint), config, equivalence=undecided, seed=number)
+        return solution.answer == chain.answer
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    right = await asyncio.gather(*(one(number, chain) for number, chain in enumerate(chains)))
+    took = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "right": sum(right) / len(right)}
+    await endpoint.aclose()
+    return took
+
+
+async def bare(url: str, bodies: Sequence[bytes]) -> dict[str, float]:
+    """Send the same requests with nothing between them."""
+    waiting, headers = iter(bodies), {"content-type": "application/json"}
+    async with httpx.AsyncClient(transport=pooled(IN_FLIGHT), timeout=60, headers=headers) as client:
+
+        async def work() -> None:
+            for body in waiting:
+                (await client.post(f"{url}/chat/completions", content=body)).json()
+
+        wall, cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
+        return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def overhead(problems: int, repeats: int) -> dict[str, Any]:
+    """Part 1."""
+    chains = [Chain.draw(12, number) for number in range(problems)]
+    with server() as (url, ledger):
+        recording = Recording()
+        asyncio.run(ours(url, chains, concurrency=IN_FLIGHT, at_once=problems, transport=recording))
+        rows = []
+        for _ in range(repeats):
+            whole = asyncio.run(ours(url, chains, concurrency=IN_FLIGHT, at_once=problems))
+            alone = asyncio.run(bare(url, recording.bodies))
+            rows.append((whole, alone))
+        most = ledger()["most_in_flight"]
+    shares = [1 - alone["seconds"] / whole["seconds"] for whole, alone in rows]
+    extra = [(whole["cpu"] - alone["cpu"]) / len(recording.bodies) for whole, alone in rows]
+    return {
+        "part": "overhead",
+        "problems": problems,
+        "requests": len(recording.bodies),
+        "most_in_flight": most,
+        "seconds": [round(whole["seconds"], 2) for whole, _ in rows],
+        "bare_seconds": [round(alone["seconds"], 2) for _, alone in rows],
+        "share_of_wall_time": round(statistics.median(shares), 4),
+        "cpu_ms_per_request": round(1000 * statistics.median(extra), 3),
+        "bare_cpu_ms_per_request": round(
+            1000 * statistics.median(alone["cpu"] for _, alone in rows) / len(recording.bodies), 3
+        ),
+    }
+
+
+def memory(problems: int = 1000) -> dict[str, Any]:
+    """Part 2, in this process: call it in a fresh one."""
+    chains = [Chain.draw(12, number) for number in range(problems)]
+    with server() as (url, _):
+        took = asyncio.run(ours(url, chains, concurrency=problems, at_once=problems))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"part": "memory", "problems_in_flight": problems, "seconds": round(took["seconds"], 1)} | {
+        "peak_mib": round(peak, 1)
+    }
+
+
+async def official(url: str, chains: Sequence[Chain], path: str) -> dict[str, float]:
+    """The published SSR-Lin as it stands; what it imports and does not need here is replaced by nothing."""
+    for name in ("google", "google.auth", "google.auth.transport", "google.auth.transport.requests", "google.genai"):
+        sys.modules[name] = MagicMock()
+    sys.modules["google.auth"].default = lambda **_: (MagicMock(token="x"), None)  # type: ignore[attr-defined]
+    for name in ("networkx", "pandas"):
+        sys.modules.setdefault(name, MagicMock())
+    keys = types.ModuleType("apikey")
+    keys.url, keys.openai_api_key = url, ["x"]  # type: ignore[attr-defined]
+    sys.modules["apikey"] = keys
+    sys.path.insert(0, path)
+    importlib.import_module("experiment.module_atomic").set_module("math")
+    published = importlib.import_module("experiment.module_ssr").socratic_self_refine
+    slots = asyncio.Semaphore(30)
+
+    async def one(chain: Chain) -> bool:
+        async with slots:
+            result, _ = await published(model=MODEL, question=chain.question, max_iter=3)
+        return str(result["answer"]) == chain.answer
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    right = await asyncio.gather(*map(one, chains))
+    return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "right": sum(right) / len(right)}
+
+
+def side(name: str, problems: int, path: str) -> dict[str, Any]:
+    """One side of part 3, in this process."""
+    chains = [Chain.draw(6, number) for number in range(problems)]
+    with server(anybody=name == "official") as (url, ledger):
+        if name == "official":
+            took = asyncio.run(official(url, chains, path))
+        else:
+            took = asyncio.run(ours(url, chains, concurrency=100, at_once=30, method=name))
+        requests = ledger()["requests"]
+    return {"side": name, "requests": requests} | {key: round(value, 3) for key, value in took.items()}
+
+
+def _fresh(*arguments: str) -> dict[str, Any]:
+    """This file in a new process; its last line is the result."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", default="", help="checkout of the published implementation")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="record nothing")
+    parser.add_argument("--only", default="", help="for its own use: memory, or a side of part 3")
+    options = parser.parse_args()
+    if options.only:
+        part = memory() if options.only == "memory" else side(options.only, options.problems, options.official)
+        print(json.dumps(part))
+        return
+    first = overhead(options.problems, options.repeats)
+    if options.dry:
+        print(first)
+        return
+    record("reason_overhead", **first)
+    record("reason_overhead", **_fresh("--only", "memory"))
+    if not options.official:
+        print("side by side: left out (give --official PATH)")
+        return
+    path = str(Path(options.official).resolve())
+    rows = [
+        _fresh("--only", name, "--problems", "60", "--official", path)
+        for name in ("official", "ssr-lin:rounds=3,samples=5", "ssr-lin:preset=paper,rounds=3,samples=5")
+    ]
+    theirs, mine, _ = rows
+    ratios = {key: round(mine[key] / theirs[key], 3) for key in ("requests", "seconds", "cpu")}
+    record("reason_overhead", part="side by side", problems=60, rows=rows, ours_over_theirs=ratios)
+
+
+if __name__ == "__main__":
+    main()
