@@ -13,8 +13,10 @@ def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Calla
     files = json.loads(outcome.out)
     assert {name: file["rows"] for name, file in files.items()} == {
         "lessons.jsonl": 60,
-        "test.jsonl": 6,
-        "held-out.jsonl": 6,
+        "test-2.jsonl": 3,
+        "test-5.jsonl": 3,
+        "held-out-2.jsonl": 3,
+        "held-out-5.jsonl": 3,
     }
     again = json.loads(luthier(*command, "--out", tmp_path / "q", "--json").out)
     assert again == files
@@ -27,10 +29,11 @@ def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Calla
     assert json.loads(said.out)["raw"] is False  # it learned the chat format
     scored = luthier("eval", tmp_path / "m" / "model", "--data", lessons, "--out", tmp_path / "s")
     assert "conversations, expected text" in scored.error
-    tasks = ("--tasks", tmp_path / "p" / "test.jsonl", "--method", "cot:prompts=short,max_tokens=20")
+    tests = [tmp_path / "p" / f"test-{length}.jsonl" for length in (2, 5)]
+    tasks = ("--tasks", *tests, "--method", "cot:prompts=short,max_tokens=20")
     solved = luthier("eval", tmp_path / "m" / "model", *tasks, "--out", tmp_path / "e", "--by", "length")
     assert solved.code == 0, solved.err
-    assert "test by length" in solved.out
+    assert "test-5 by length" in solved.out
 
 
 def test_bad_settings_are_named(luthier: Callable[..., Any], tmp_path: Path) -> None:

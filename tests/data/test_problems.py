@@ -39,6 +39,21 @@ def test_splits_share_no_problem_and_no_held_out_calculation() -> None:
         assert set(touched) == {split == "held-out"}
 
 
+def test_what_would_undo_a_mistake_is_not_drawn() -> None:
+    for seed in range(200):
+        program = draw_program(6, seed, form="tree")
+        for operation, (sign, left, right) in zip(program.operations, program.triples(), strict=True):
+            assert sign != "-" or operation.left != operation.right
+            assert sign != "*" or 0 not in (left, right)
+
+
+def test_a_calculation_is_held_out_in_both_orders() -> None:
+    pairs = [(left, right) for left in range(31) for right in range(31)]
+    for sign in "+*":
+        assert all(is_held_out((sign, a, b), 0.3) == is_held_out((sign, b, a), 0.3) for a, b in pairs)
+    assert any(is_held_out(("-", a, b), 0.3) != is_held_out(("-", b, a), 0.3) for a, b in pairs)
+
+
 def test_mistakes_go_on_to_the_steps_after_them() -> None:
     program = draw_program(5, 1, form="chain")
     right, wrong = program.values(), program.values({2: 3})

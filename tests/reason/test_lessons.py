@@ -40,6 +40,7 @@ def test_all_kinds_are_taught_and_equal_settings_give_equal_lessons() -> None:
         "judge",
         "rewrite",
         "confidence",
+        "drill",
     }
     assert list(LESSONS.rows()) == ROWS
 
@@ -54,6 +55,16 @@ def test_solutions_are_right_whatever_came_before(kind: str) -> None:
             name, operation, calculation, value = line.split("=")
             assert f"{name}={operation}" in question.split(";")
             assert int(eval(calculation)) % 31 == int(value) == values[name]
+
+
+def test_drills_calculate_what_is_not_held_out() -> None:
+    for asked, reply, _ in rows("drill"):
+        given = asked.split("\n")[0].split(";")
+        for calculation, line in zip(given, reply.split("\n"), strict=True):
+            sign = next(sign for sign in "+-*" if sign in calculation)
+            left, right = map(int, calculation.split(sign))
+            assert line == f"{calculation}={int(eval(calculation)) % 31}"
+            assert not is_held_out((sign, left, right), LESSONS.share)
 
 
 def test_decompositions_say_what_the_solution_says() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from luthier.reason.lessons import Lessons
 class ProblemsConfig:
     """Make problems of graded length, such as f=17;b=f+5;b?, and conversations that teach how to solve and check them.
 
-    Writes lessons.jsonl (kind messages), test.jsonl and held-out.jsonl (kind answer), and tokenizer/, in which numbers,
-    names and signs are tokens of their own.
+    Writes lessons.jsonl (kind messages), test-N.jsonl and held-out-N.jsonl for each length N (kind answer), and
+    tokenizer/, in which numbers, names and signs are tokens of their own.
     """
 
     out: Path = Path("runs/problems")
@@ -42,7 +42,7 @@ class ProblemsConfig:
     form: Form = "mixed"
     """chain: the variable before and a number; tree: any two earlier variables; mixed: both."""
     share: float = 0.03
-    """Share of calculations that no lesson and no problem of test.jsonl needs, but every one of held-out.jsonl."""
+    """Share of calculations that no lesson and no problem of test-N.jsonl needs, but every one of held-out-N.jsonl."""
     seed: int = 0
     """Another seed gives other problems."""
 
@@ -56,7 +56,7 @@ class ProblemsConfig:
 
 
 def run(config: ProblemsConfig, console: Console) -> None:
-    """Write the three files."""
+    """Write the files."""
     with contextlib.closing(RunFolder.open(config.out, to_mapping(config), may_change=("out",))) as folder:
         lessons = Lessons(
             count=config.lessons,
@@ -73,9 +73,11 @@ def run(config: ProblemsConfig, console: Console) -> None:
                 if len(rows) % 1000 == 0:
                     advance(1000)
         written = {"lessons.jsonl": _write(folder.path / "lessons.jsonl", rows)}
-        for name, split in (("test.jsonl", "test"), ("held-out.jsonl", "held-out")):
-            if split == "test" or config.share:
-                written[name] = _write(folder.path / name, _problems(config, split))  # type: ignore[arg-type]
+        splits: list[Split] = ["test", "held-out"] if config.share else ["test"]
+        for split in splits:
+            for length in config.test_lengths:
+                name = f"{split}-{length}.jsonl"
+                written[name] = _write(folder.path / name, _problems(config, split, length))
         if rows:
             _write_tokenizer(folder.path / "tokenizer", rows)
         table: dict[str, Any] = {
@@ -90,25 +92,24 @@ def run(config: ProblemsConfig, console: Console) -> None:
         console.result({name: {"rows": count, "sha256": digest} for name, (count, digest) in written.items()})
 
 
-def _problems(config: ProblemsConfig, split: Split) -> Iterable[Mapping[str, Any]]:
-    for length in config.test_lengths:
-        seen: set[str] = set()
-        number = 0
-        while len(seen) < config.test:
-            program = draw_program(
-                length,
-                derive_seed(config.seed, "test problem", length, number),
-                modulus=config.modulus,
-                form=config.form,
-                split=split,
-                share=config.share,
-            )
-            number += 1
-            if program.question not in seen:
-                seen.add(program.question)
-                yield problem_row(program, f"{length}-{len(seen)}", split)
-            if number > 100 * config.test + 100:
-                raise ConfigError(f"there are not {config.test} problems of length {length}", hint="ask for fewer")
+def _problems(config: ProblemsConfig, split: Split, length: int) -> Iterator[Mapping[str, Any]]:
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < config.test:
+        program = draw_program(
+            length,
+            derive_seed(config.seed, "test problem", length, number),
+            modulus=config.modulus,
+            form=config.form,
+            split=split,
+            share=config.share,
+        )
+        number += 1
+        if program.question not in seen:
+            seen.add(program.question)
+            yield problem_row(program, f"{length}-{len(seen)}", split)
+        if number > 100 * config.test + 100:
+            raise ConfigError(f"there are not {config.test} problems of length {length}", hint="ask for fewer")
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, str]:

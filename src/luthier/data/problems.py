@@ -70,8 +70,7 @@ class Program:
     def apply(self, operation: Operation, values: Mapping[str, int]) -> int:
         """What follows for an operation from the values of the variables before it."""
         left, right = self.operands(operation, values)
-        result = {"+": left + right, "-": left - right, "*": left * right}[operation.sign]
-        return result % self.modulus
+        return calculate(operation.sign, left, right, self.modulus)
 
     def values(self, mistakes: Mapping[int, int] | None = None) -> dict[str, int]:
         """The value of every variable. `mistakes`: by which amount the step of that index (from 0) goes wrong."""
@@ -86,6 +85,11 @@ class Program:
         values = self.values(mistakes)
         for operation in self.operations:
             yield operation.sign, *self.operands(operation, values)
+
+
+def calculate(sign: str, left: int, right: int, modulus: int) -> int:
+    """left `sign` right, modulo `modulus`."""
+    return {"+": left + right, "-": left - right, "*": left * right}[sign] % modulus
 
 
 def is_held_out(triple: tuple[str, int, int], share: float) -> bool:

@@ -4,9 +4,10 @@ Solving step by step; decomposing a solution as it stands, mistakes included; an
 right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
 
-Two things decide how soon a small model learns any of this. A line says the operation as the problem has it, then with
-numbers (`b=f+5=17+5=22`): each token follows from one other place. And short problems are common, with a chance
-proportional to 1 / length: on them it learns to copy.
+Three things decide how soon a small model learns any of this. A line says the operation as the problem has it, then
+with numbers (`b=f+5=17+5=22`): each token follows from one other place. Short problems are common, with a chance
+proportional to 1 / length: on them it learns to copy. And plain calculations, without a problem around them, are
+drilled: in solutions only one token in thirty is the result of one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.core.seeds import derive_seed
-from luthier.data.problems import Form, Operation, Program, draw_program, is_held_out
+from luthier.data.problems import OPERATIONS, Form, Operation, Program, calculate, draw_program, is_held_out
 from luthier.llm.types import Message
 from luthier.reason.prompts import SHORT, Finding, Step
 
 Values = Mapping[str, int]
 Row = dict[str, Any]
+DRILLED = 12
+"""Calculations in one drill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,14 @@ class Lessons:
     judge: float = 0.08
     rewrite: float = 0.06
     confidence: float = 0.02
+    drill: float = 0.3
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
 
     def rows(self) -> Iterator[Row]:
         """The lessons, as rows of kind `messages`."""
         kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
-        kinds |= {"rewrite": _rewrite, "confidence": _confidence}
+        kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill}
         weights = [getattr(self, name) for name in kinds]
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
@@ -161,6 +165,17 @@ def _confidence(lessons: Lessons, rng: random.Random, program: Program) -> list[
     references = [answer if rng.random() < share else rng.randrange(program.modulus) for _ in range(5)]
     asked = SHORT.confidence(str(answer), [str(reference) for reference in references])
     return [*asked, _reply(f"####{sum(reference == answer for reference in references)}")]
+
+
+def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    """Calculations such as those that the steps of a problem need, one a line."""
+    given, results = [], []
+    while len(given) < DRILLED:
+        left, right, sign = rng.randrange(program.modulus), rng.randrange(program.modulus), rng.choice(OPERATIONS)
+        if not is_held_out((sign, left, right), lessons.share):
+            given.append(f"{left}{sign}{right}")
+            results.append(f"{given[-1]}={calculate(sign, left, right, program.modulus)}")
+    return [{"role": "user", "content": f"{';'.join(given)}\nCalculate."}, _reply("\n".join(results))]
 
 
 def _reply(text: str) -> Message:
