@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,8 @@ CHAIN = Chain.draw(5, 1)
 def server() -> Iterator[StubServer]:
     """A server of a solver that errs, which itself fails now and then, in a thread of its own."""
     stub = StubServer(SimulatedSolver(Habits(error=0.15)).reply, faults=Faults(errors=0.02))
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    over = asyncio.Event()
-
-    async def serve() -> None:
-        async with stub:
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert ready.wait(10)
-    yield stub
-    loop.call_soon_threadsafe(over.set)
-    thread.join(10)
-    loop.close()
+    with stub.running():
+        yield stub
 
 
 def test_a_question_is_answered_and_its_steps_are_shown(

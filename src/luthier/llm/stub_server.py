@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ class Ledger:
 class StubServer:
     """`reply(messages, seed, sample index)` behind /v1/chat/completions on a free local port.
 
-    Use it as an async context manager. `latency`: seconds before each answer.
+    Use it as an async context manager, or `with stub.running()`. `latency`: seconds before each answer.
     """
 
     reply: Reply
@@ -78,6 +79,28 @@ class StubServer:
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._server.wait_closed()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[StubServer]:
+        """The server in a thread with an event loop of its own, for callers that have none."""
+        ready, loop = threading.Event(), asyncio.new_event_loop()
+        over = asyncio.Event()
+
+        async def serve() -> None:
+            async with self:
+                ready.set()
+                await over.wait()
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+        thread.start()
+        if not ready.wait(10):
+            raise TimeoutError("the stub server did not start")
+        try:
+            yield self
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            thread.join(10)
+            loop.close()
 
     @property
     def url(self) -> str:
