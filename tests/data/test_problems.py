@@ -47,6 +47,18 @@ def test_what_would_undo_a_mistake_is_not_drawn() -> None:
             assert sign != "*" or 0 not in (left, right)
 
 
+def test_statements_that_nothing_follows_from_change_no_answer() -> None:
+    counts = set()
+    for seed in range(100):
+        plain, mixed = draw_program(5, seed), draw_program(5, seed, unused=4)
+        assert mixed.answer == plain.answer
+        statements = mixed.question.split(";")
+        assert [s for s in statements if s in plain.question.split(";")] == plain.question.split(";")
+        assert len({statement.split("=")[0] for statement in statements[:-1]}) == len(statements) - 1
+        counts.add(len(statements) - len(plain.question.split(";")))
+    assert counts == set(range(5))
+
+
 def test_a_calculation_is_held_out_in_both_orders() -> None:
     pairs = [(left, right) for left in range(31) for right in range(31)]
     for sign in "+*":

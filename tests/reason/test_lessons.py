@@ -87,7 +87,7 @@ def test_a_step_follows_from_the_stated_values() -> None:
 def test_short_problems_come_more_often() -> None:
     counts = Counter(row["length"] for row in ROWS)
     assert set(counts) == set(range(1, 7))
-    assert counts[1] > counts[3] > counts[6]
+    assert counts[1] + counts[2] > counts[3] + counts[4] > counts[5] + counts[6]
 
 
 def test_mistaken_solutions_are_context_and_not_learned() -> None:

@@ -50,12 +50,17 @@ class Program:
     operations: tuple[Operation, ...]
     modulus: int
     form: str
+    unused: tuple[tuple[int, str], ...] = ()
+    """Statements that nothing follows from, such as a=3, each with its place among the others."""
 
     @property
     def question(self) -> str:
         """The problem as text."""
-        given = [f"{name}={value}" for name, value in self.known.items()]
-        return ";".join([*given, *(operation.text for operation in self.operations), f"{self.operations[-1].name}?"])
+        statements = [f"{name}={value}" for name, value in self.known.items()]
+        statements += [operation.text for operation in self.operations]
+        for place, text in self.unused:
+            statements.insert(place, text)
+        return ";".join([*statements, f"{self.operations[-1].name}?"])
 
     @property
     def answer(self) -> str:
@@ -105,11 +110,19 @@ def is_held_out(triple: tuple[str, int, int], share: float) -> bool:
 
 
 def draw_program(
-    length: int, seed: int, *, modulus: int = 31, form: Form = "mixed", split: Split = "train", share: float = 0.03
+    length: int,
+    seed: int,
+    *,
+    modulus: int = 31,
+    form: Form = "mixed",
+    split: Split = "train",
+    share: float = 0.03,
+    unused: int = 0,
 ) -> Program:
     """A random program of `length` operations. Equal arguments give equal programs, and splits never share one.
 
-    share: of calculations that are held out. Raises: ConfigError for an impossible length or modulus.
+    share: of calculations that are held out. unused: most statements that nothing follows from.
+    Raises: ConfigError for an impossible length or modulus.
     """
     if not 1 <= length <= LONGEST:
         raise ConfigError(f"length: got {length}, expected 1 to {LONGEST}", hint="every variable needs its own letter")
@@ -120,7 +133,7 @@ def draw_program(
         program = _draw(rng, length, modulus, form)
         held = any(is_held_out(triple, share) for triple in program.triples())
         if held == (split == "held-out") and (_side(program) < 0.9) == (split == "train"):
-            return program
+            return replace(program, unused=_draw_unused(rng, program, unused)) if unused else program
     raise ConfigError(
         f"no problem of {length} operations fits the split {split!r}", hint="change the share of what is held out"
     )
@@ -153,6 +166,17 @@ def _draw_operation(rng: random.Random, name: str, values: Mapping[str, int], pr
     if (sign == "-" and right == left) or (sign == "*" and 0 in (values[left], values[right])):
         sign = "+"
     return Operation(name, left, sign, right)
+
+
+def _draw_unused(rng: random.Random, program: Program, most: int) -> tuple[tuple[int, str], ...]:
+    """Up to `most` values of names that are free."""
+    statements = len(program.known) + len(program.operations)
+    free = sorted(set(string.ascii_lowercase) - set(program.values()))
+    names = rng.sample(free, rng.randint(0, min(most, len(free))))
+    return tuple(
+        (rng.randint(0, statements + place), f"{name}={rng.randrange(program.modulus)}")
+        for place, name in enumerate(names)
+    )
 
 
 def problem_row(program: Program, name: str, split: Split) -> dict[str, Any]:

@@ -4,10 +4,11 @@ Solving step by step; decomposing a solution as it stands, mistakes included; an
 right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
 
-Three things decide how soon a small model learns any of this. A line says the operation as the problem has it, then
-with numbers (`b=f+5=17+5=22`): each token follows from one other place. Short problems are common, with a chance
-proportional to 1 / length: on them it learns to copy. And plain calculations, without a problem around them, are
-drilled: in solutions only one token in thirty is the result of one.
+Four things decide how soon a small model learns any of this. A line says the operation as the problem has it, then
+with numbers (`b=f+5=17+5=22`): each token follows from one other place. Short problems are common: on them it learns to
+copy. Statements that nothing follows from stand between the others: without them the model counts places in place of
+looking for names, and fails on problems longer than it has seen. And plain calculations are drilled: in solutions only
+one token in thirty is the result of one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Lessons:
     form: Form = "mixed"
     share: float = 0.03
     """Of calculations that are never shown."""
+    unused: int = 12
+    """Most statements of a problem that nothing follows from."""
     seed: int = 0
     solve: float = 0.34
     """Relative frequency of each kind of lesson."""
@@ -61,7 +64,8 @@ class Lessons:
             seed = derive_seed(self.seed, "lesson", number)
             rng = random.Random(seed)
             length = self._length(rng)
-            program = draw_program(length, seed, modulus=self.modulus, form=self.form, share=self.share)
+            how: dict[str, Any] = {"modulus": self.modulus, "form": self.form, "share": self.share}
+            program = draw_program(length, seed, **how, unused=self.unused)
             name = rng.choices(list(kinds), weights)[0]
             *given, reply = kinds[name](self, rng, program)
             context = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]
@@ -69,7 +73,7 @@ class Lessons:
 
     def _length(self, rng: random.Random) -> int:
         lengths = range(self.lengths[0], self.lengths[1] + 1)
-        return rng.choices(lengths, [1 / length for length in lengths])[0]
+        return rng.choices(lengths, [length**-0.5 for length in lengths])[0]
 
 
 def line(program: Program, operation: Operation, values: Values) -> str:
