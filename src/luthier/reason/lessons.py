@@ -173,7 +173,8 @@ def _confidence(lessons: Lessons, rng: random.Random, program: Program) -> list[
 
 def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
     """Calculations such as those that the steps of a problem need, one a line."""
-    given, results = [], []
+    given: list[str] = []
+    results: list[str] = []
     while len(given) < DRILLED:
         left, right, sign = rng.randrange(program.modulus), rng.randrange(program.modulus), rng.choice(OPERATIONS)
         if not is_held_out((sign, left, right), lessons.share):
