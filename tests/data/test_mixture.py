@@ -182,3 +182,21 @@ def test_raw_files_mix_too(tmp_path: Path) -> None:
     mixture = WindowMixture([TokenShards.from_raw(tmp_path / "a.npy")], sequence_length=LENGTH, batch_size=2)
     batch = mixture.batch(0)
     assert (batch["targets"] == batch["input_ids"] + 1).all()
+
+
+def test_stretched_positions_skip_now_and_then_and_do_not_depend_on_ranks() -> None:
+    length = 4096
+    tokens = np.arange(20 * length + 1, dtype="<u4")
+    ends = np.asarray([[len(tokens), len(tokens)]])
+    long = TokenShards("long", tokens, ends, "tokenizer", "source", sha256="long")
+    mixture = WindowMixture([long], sequence_length=length, batch_size=4, seed=1)
+    whole = mixture.batch(1, stretch=3.0)["position_ids"]
+    parts = [mixture.batch(1, rank, 2, stretch=3.0)["position_ids"] for rank in range(2)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    gaps = np.diff(whole)
+    assert (whole[:, 0] == 0).all()
+    assert gaps.min() == 1
+    assert 0.02 < (gaps > 1).mean() < 0.04
+    assert (whole[:, -1] / length).mean() == pytest.approx(3, rel=0.15)
+    assert len({tuple(row) for row in whole.tolist()}) == 4
+    assert "position_ids" not in mixture.batch(1)

@@ -118,6 +118,21 @@ def test_packed_documents_with_padding_stay_finite() -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+@torch.no_grad()
+def test_positions_may_skip_inside_a_document() -> None:
+    model, tokens = make_model().eval(), random_tokens(*PACKED.shape)
+    skipping = torch.arange(PACKED.shape[1])[None] * 3
+    stretched = model(tokens, document_ids=PACKED, position_ids=skipping).logits
+    assert not torch.allclose(stretched, model(tokens, document_ids=PACKED).logits, atol=1e-3)
+    moved = model(tokens, document_ids=PACKED, position_ids=skipping + 50).logits
+    torch.testing.assert_close(stretched, moved, atol=1e-4, rtol=0)  # only distances count, and all are attended to
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % VOCABULARY
+    seen = model(changed, document_ids=PACKED, position_ids=skipping).logits - stretched
+    same = PACKED[:, :1] == PACKED
+    assert (seen.abs().amax(-1) > 0)[same].all()
+
+
 def test_document_ids_are_refused_where_they_would_be_ignored() -> None:
     model = make_model()
     tokens = random_tokens(2, 24)

@@ -31,6 +31,7 @@ from luthier.data.shards import TokenShards
 
 STATE_VERSION = 1
 MIN_BLOCK = 1024  # samples among which the corpora are shuffled
+SKIP_EVERY = 32  # tokens between two skips of stretched positions, on average
 SMALLEST_SHARE = 1e-6  # of a corpus: a block, which is held in memory, is as long as two of its samples are apart
 
 
@@ -85,12 +86,13 @@ class WindowMixture:
         self._block = functools.lru_cache(maxsize=4)(self._draw_block)
 
     def batch(
-        self, step: int, rank: int = 0, world_size: int = 1, *, document_ids: bool = False
+        self, step: int, rank: int = 0, world_size: int = 1, *, document_ids: bool = False, stretch: float = 1.0
     ) -> dict[str, NDArray[np.int64]]:
         """The part of batch `step` that belongs to a rank.
 
         Returns input_ids and targets [batch_size / world_size, sequence_length]; with `document_ids`, also the document
-        of each input position, counted from 0 in each row (for attention masks).
+        of each input position, counted from 0 in each row (for attention masks); with `stretch` above 1, also
+        position_ids, which skip now and then so that a row reaches about that many times as far.
         Raises: ConfigError when the batch cannot be divided evenly; DataError for document ids of raw tokens.
         """
         if self.batch_size % world_size or not 0 <= rank < world_size:
@@ -107,13 +109,23 @@ class WindowMixture:
         if document_ids:
             rows = [self.shards[source].window_document_ids(index, length) for source, index in places]
             batch["document_ids"] = np.stack(rows)
+        if stretch > 1:
+            batch["position_ids"] = np.stack([self._stretched(first + row, stretch) for row in range(size)])
         return batch
 
+    def _stretched(self, sample: int, stretch: float) -> NDArray[np.int64]:
+        """Positions of a sample: mostly one apart, so that neighbors stay neighbors."""
+        rng = np.random.default_rng([self.seed, sample])
+        skips = rng.random(self.sequence_length) < 1 / SKIP_EVERY
+        longest = int(2 * SKIP_EVERY * (stretch - 1))
+        steps = 1 + skips * rng.integers(0, longest, self.sequence_length, endpoint=True)
+        return np.cumsum(steps) - steps[0]
+
     def next_batch(
-        self, rank: int = 0, world_size: int = 1, *, document_ids: bool = False
+        self, rank: int = 0, world_size: int = 1, *, document_ids: bool = False, stretch: float = 1.0
     ) -> dict[str, NDArray[np.int64]]:
         """The batch at the cursor, as `batch`; moves the cursor on."""
-        batch = self.batch(self.step, rank, world_size, document_ids=document_ids)
+        batch = self.batch(self.step, rank, world_size, document_ids=document_ids, stretch=stretch)
         self.step += 1
         return batch
 

@@ -84,10 +84,16 @@ class CausalLoss(nn.Module):
         self.plain_head = plain_head
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, document_ids: Tensor | None = None, per_token: bool = False
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Summed loss (scalar), or with `per_token` the loss of each target (B, T); fp32 nats."""
-        extra = {} if document_ids is None else {"document_ids": document_ids}
+        given = {"document_ids": document_ids, "position_ids": position_ids}
+        extra = {name: value for name, value in given.items() if value is not None}
         chunk = CHUNK.get(input_ids.device.type, CHUNK["cpu"])
         if self.plain_head:
             output = self.model.base_model(input_ids=input_ids, use_cache=False, **extra)

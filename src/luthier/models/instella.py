@@ -297,8 +297,9 @@ class InstellaModel(InstellaPreTrainedModel):
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            # Only the caller's positions: resets in them mean packed rows, and looking for resets is not free.
-            position_ids=position_ids,
+            # Only the caller's positions: resets in them mean packed rows, and looking for resets is not free. Beside
+            # document_ids they mean nothing of the kind: positions may skip.
+            position_ids=position_ids if document_ids is None else None,
             and_mask_function=same_document,
         )
 

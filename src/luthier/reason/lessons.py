@@ -40,7 +40,7 @@ class Lessons:
     form: Form = "mixed"
     share: float = 0.03
     """Of calculations that are never shown."""
-    unused: int = 12
+    unused: int = 6
     """Most statements of a problem that nothing follows from."""
     seed: int = 0
     solve: float = 0.34

@@ -61,7 +61,8 @@ class PretrainConfig:
     sequence_length: int = 256
     """Tokens per sequence."""
     context_length: int = 0
-    """Most tokens that the model accepts later; 0: sequence_length. More is for models that carry over to length."""
+    """Most tokens that the model accepts later; 0: sequence_length. When it is more, positions skip now and then in
+    training, so that what is learned carries over to distances that far; needs document_mask."""
     batch_size: int = 16
     """Sequences per optimizer update, over all ranks."""
     micro_batch_size: int = 8
@@ -131,10 +132,10 @@ class PretrainConfig:
             raise ConfigError(
                 f"weights: got {len(self.weights)} for {len(self.data)} corpora", hint="give one weight for each corpus"
             )
-        if 0 < self.context_length < self.sequence_length or (self.context_length and self.model):
+        if self.context_length and (self.context_length < self.sequence_length or not self.document_mask):
             raise ConfigError(
                 f"context_length: got {self.context_length} with sequences of {self.sequence_length}",
-                hint="leave it 0, or give more than sequence_length; other architectures bring their own",
+                hint="leave it 0, or give more than sequence_length, with document_mask",
             )
         if self.document_mask and self.model:
             raise ConfigError(

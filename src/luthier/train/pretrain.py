@@ -138,7 +138,13 @@ def pretrain(
     job = Job(
         objective=objective,
         state=state,
-        batch_at=partial(mixture.batch, rank=who.rank, world_size=who.world_size, document_ids=config.document_mask),
+        batch_at=partial(
+            mixture.batch,
+            rank=who.rank,
+            world_size=who.world_size,
+            document_ids=config.document_mask,
+            stretch=max(config.context_length / config.sequence_length, 1.0),
+        ),
         learning_rate=partial(
             learning_rate,
             schedule=config.schedule,
