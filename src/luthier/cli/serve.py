@@ -15,6 +15,8 @@ from luthier.cli.models import read_budget
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, require
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -24,7 +26,7 @@ class ServeConfig:
     """Model folder or hub id that runs in this process; leave it out with --upstream."""
     upstream: str = ""
     """URL of the OpenAI-compatible server that has the models."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = KEY_VARIABLE
     """Environment variable with the upstream server's key, for clients that send none."""
     model_name: str = ""
     """Name under which a model in this process is served; by default that of its folder."""
@@ -55,6 +57,10 @@ class ServeConfig:
             )
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port: got {self.port}, expected 0 to 65535", hint="8100 is the default")
+        if self.api_key_env != KEY_VARIABLE and not os.environ.get(self.api_key_env):
+            raise ConfigError(
+                f"api_key_env: the environment has no {self.api_key_env}", hint="export it, or name another"
+            )
 
 
 def run(config: ServeConfig, console: Console) -> None:
@@ -66,6 +72,8 @@ def run(config: ServeConfig, console: Console) -> None:
     from luthier.serve.app import Settings, create_app
 
     limits = read_budget(config.budget)
+    if "max_cost" in limits and not config.prices:
+        raise ConfigError("budget: dollars need prices", hint="add --prices FILE, or limit tokens instead")
     with contextlib.ExitStack() as stack:
         listeners: tuple[Any, ...] = ()
         if config.traces:
@@ -83,21 +91,30 @@ def run(config: ServeConfig, console: Console) -> None:
 
 
 def _listen(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), backlog=1024)
+        listening = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
             f"{config.host}:{config.port} cannot be listened on ({error.strerror or error})",
             hint="choose another --port; 0 takes a free one",
         ) from error
+    # asyncio does this for the sockets it opens itself. Without it every answer waits 40 ms for an acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _upstream(config: ServeConfig) -> Any:
-    from luthier.serve.upstream import Local, Server
+    from luthier.serve.in_process import Local
+    from luthier.serve.protocol import split_model
+    from luthier.serve.upstream import Server
 
     if config.upstream:
         key = os.environ.get(config.api_key_env)
         return Server(config.upstream, key=key, concurrency=config.concurrency, timeout=config.timeout)
     from luthier.cli.models import open_local
 
-    return Local(open_local(config.model, device=config.device), config.model_name or Path(config.model).name)
+    name = config.model_name or Path(config.model).name
+    if split_model(name)[0]:
+        raise ConfigError(f"model_name: {name!r} begins with a method", hint="choose another name")
+    return Local(open_local(config.model, device=config.device), name)

@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from luthier.llm.types import RequestFailed
 from luthier.reason.methods import METHODS, solve
 from luthier.reason.session import Models, Price, Solution
 from luthier.reason.trace import Trace
+from luthier.serve.answers import completion, cut_short, encoded, extension, finish_reason
 from luthier.serve.failures import ApiError, error_of
-from luthier.serve.protocol import (
-    ChatRequest,
-    completion,
-    conversation,
-    extension,
-    finish_reason,
-    looks_like_method,
-    read_request,
-    settings,
-)
-from luthier.serve.streaming import Listener, answer_events
+from luthier.serve.protocol import ChatRequest, conversation, looks_like_method, read_request, settings
+from luthier.serve.streaming import Listener, answer_events, begun
 from luthier.serve.upstream import Upstream
 from luthier.tasks.grading import Grader
 
 CLIENT_GONE = 499
+NO_LIST = (404, 405, 501)
+"""A server's answers to /models when it has no list of them."""
 Solve = Callable[..., Awaitable[Solution]]
 
 
@@ -67,13 +61,14 @@ def create_app(upstream: Upstream, options: Settings = Settings(), solve: Solve 
     app.add_api_route("/health", proxy.health, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models", proxy.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/chat/completions", proxy.chat, methods=["POST"], response_model=None)
-    app.add_exception_handler(404, _no_such_path)
+    for status in (404, 405):
+        app.add_exception_handler(status, _no_such_path)
     return app
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
-    paths = "/v1/chat/completions, /v1/models and /health"
-    return ApiError(404, f"there is no {request.url.path} here, only {paths}").response()
+    paths = "POST /v1/chat/completions, GET /v1/models and GET /health"
+    return ApiError(404, f"there is no {request.method} {request.url.path} here, only {paths}").response()
 
 
 class _Proxy:
@@ -112,7 +107,13 @@ class _Proxy:
         """A misspelt method must not be answered as if none had been asked for."""
         if not (meant := looks_like_method(request.model)):
             return
-        if request.model not in await self.upstream.models(_key(http)):
+        try:
+            names = await self.upstream.models(_key(http))
+        except RequestFailed as error:
+            if error.status not in NO_LIST:
+                raise
+            return  # it will say itself whether it knows the name
+        if request.model not in names:
             message = f"there is no model {request.model!r}{meant}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -129,7 +130,9 @@ class _Proxy:
                 param="tools",
             )
         body = {**request.body, "model": request.upstream_model}
-        return await self._forward(request, json.dumps(body).encode(), http)
+        answer = await self._forward(request, encoded(body), http)
+        answer.headers["x-luthier"] = "tools were asked for, so the plain model answered"
+        return answer
 
     async def _reason(self, request: ChatRequest, http: Request) -> Response:
         config, messages = settings(request, self.options.limits), conversation(request.body)
@@ -142,19 +145,13 @@ class _Proxy:
 
         if request.stream:
             events = answer_events(request, work, alive_every=self.options.alive_every)
-            first = await anext(events)
             headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-            return StreamingResponse(_after(first, events), headers=headers)
-        solution = await work()
-        answer = completion(request, {0: (solution.text, finish_reason(solution))}, solution.usage)
-        return JSONResponse({**answer, "luthier": extension(request, solution)})
-
-
-async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(events):
-        yield first
-        async for piece in events:
-            yield piece
+            return StreamingResponse(await begun(events), headers=headers)
+        cut: list[str] = []
+        solution = await work(lambda happened: cut.extend(cut_short(happened)))
+        answer = completion(request, {0: (solution.text, finish_reason(solution, cut))}, solution.usage)
+        whole = {**answer, "luthier": extension(request, solution)}
+        return Response(encoded(whole), media_type="application/json")
 
 
 async def _unless_gone(work: Awaitable[Response], http: Request) -> Response | None:
@@ -176,5 +173,9 @@ async def _gone(http: Request) -> None:
 
 
 def _key(http: Request) -> str | None:
+    """The client's key, None without one. Raises: ApiError 401 for other kinds of authorization."""
     kind, _, key = http.headers.get("authorization", "").partition(" ")
-    return key.strip() or None if kind.lower() == "bearer" else None
+    if kind and kind.lower() != "bearer":
+        message = f"authorization: got {kind!r}, but calls of a reasoner need 'Bearer KEY'"
+        raise ApiError(401, message, kind="authentication_error")
+    return key.strip() or http.headers.get("api-key") or None

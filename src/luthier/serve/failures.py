@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from luthier.core.errors import ConfigError, EndpointError, UserError
 from luthier.llm.types import RequestFailed
@@ -37,9 +38,9 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """As an answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return Response(json.dumps(self.body), self.status, self.headers, media_type="application/json")
 
 
 def error_of(error: BaseException) -> ApiError:

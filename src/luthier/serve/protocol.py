@@ -1,4 +1,4 @@
-"""OpenAI's chat completions as we read and write them.
+"""Chat completion requests as OpenAI writes them.
 
 A parameter that a reasoner cannot honor is refused by name: what was asked for is never left out unseen.
 """
@@ -6,6 +6,7 @@ A parameter that a reasoner cannot honor is refused by name: what was asked for 
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import time
@@ -15,10 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.core.errors import ConfigError, did_you_mean
-from luthier.llm.types import Message, Usage
+from luthier.llm.types import Message
 from luthier.reason.config import ReasonConfig
 from luthier.reason.methods import METHODS, parse_method
-from luthier.reason.session import Solution
 from luthier.serve.failures import ApiError
 
 # What we act on, and what changes no answer.
@@ -97,8 +97,8 @@ def read_request(content: bytes) -> ChatRequest:
 
 def split_model(name: str) -> tuple[str | None, str]:
     """'ssr-plan:rounds=5/org/model' as the method and the plain name; a name without a method stays whole."""
-    head, slash, rest = name.partition("/")
-    return (head, rest) if slash and method_name(head) in METHODS else (None, name)
+    head, _, rest = name.partition("/")
+    return (head, rest) if rest and method_name(head) in METHODS else (None, name)
 
 
 def method_name(head: str) -> str:
@@ -108,9 +108,11 @@ def method_name(head: str) -> str:
 
 def looks_like_method(name: str) -> str:
     """For a model's name that begins almost like a method: what it may stand for, in words. '' for others."""
-    head, slash, _ = name.partition("/")
-    meant = did_you_mean(method_name(head), METHODS) if slash else ""
-    return meant or (" (the methods: " + ", ".join(METHODS) + ")" if slash and re.search("@|:.*=", head) else "")
+    head, _, rest = name.partition("/")
+    if method_name(head) in METHODS and not rest:
+        return f" (write {head}/MODEL)"
+    methods = f" (the methods: {', '.join(METHODS)})" if re.search("@|:.*=", head) else ""
+    return did_you_mean(method_name(head), METHODS) or methods
 
 
 def conversation(body: Mapping[str, Any], *, reasoner: bool = True) -> list[Message]:
@@ -133,6 +135,8 @@ def _message(message: Any, number: int) -> Message:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise ApiError(400, f"{where}: only text can be answered", param=where)
+    if re.search("[\ud800-\udfff]", content):
+        raise ApiError(400, f"{where}: half a surrogate pair is no text", param=where)
     name = {"name": message["name"]} if isinstance(message.get("name"), str) else {}
     return {"role": message["role"], "content": content, **name}  # not `reasoning_content`: it was the model's own
 
@@ -175,9 +179,13 @@ def length(body: Mapping[str, Any]) -> int | None:
 def number(body: Mapping[str, Any], name: str) -> float | None:
     """A number, or None where there is none. Raises: ApiError 400 for anything else."""
     value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):
         raise ApiError(400, f"{name}: got {value!r}, expected a number", param=name)
     return value
+
+
+def _finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def integer(body: Mapping[str, Any], name: str) -> int | None:
@@ -188,66 +196,10 @@ def integer(body: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
-    """All tokens of all calls."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
-
-
-def completion(request: ChatRequest, answers: Mapping[int, tuple[str, str]], usage: Usage) -> dict[str, Any]:
-    """A whole answer: texts with their finish reasons, by index."""
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": finish,
-            "logprobs": None,
-        }
-        for index, (text, finish) in answers.items()
-    ]
-    return {**_head(request, "chat.completion"), "choices": choices, "usage": usage_of(usage)}
-
-
-def chunk(request: ChatRequest, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
-    """A piece of a streamed answer."""
-    choice = {"index": 0, "delta": dict(delta), "finish_reason": finish, "logprobs": None}
-    usage = {"usage": None} if request.include_usage else {}
-    return {**_head(request, "chat.completion.chunk"), "choices": [choice], **usage}
-
-
-def usage_chunk(request: ChatRequest, usage: Usage) -> dict[str, Any]:
-    """The last piece of a stream that was asked for `include_usage`."""
-    return {**_head(request, "chat.completion.chunk"), "choices": [], "usage": usage_of(usage)}
-
-
-def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
-    return {"id": request.name, "object": kind, "created": request.created, "model": request.model}
-
-
-def extension(request: ChatRequest, solution: Solution) -> dict[str, Any]:
-    """What OpenAI's form has no place for: the field `luthier` of an answer. Cost in dollars, None when unknown."""
-    flags = list(solution.flags)
-    if solution.usage.unreported:
-        flags.append(f"usage is a lower bound: {solution.usage.unreported} calls came back without token counts")
-    return {
-        "trace": request.name,
-        "method": request.method,
-        "answer": solution.answer,
-        "stop": solution.stop,
-        "flags": flags,
-        "steps": [step.to_json(index) for index, step in enumerate(solution.steps)],
-        "rounds": [{"round": p.round, "answer": p.answer, "confidence": p.confidence} for p in solution.rounds],
-        "calls": solution.usage.calls,
-        "cost": solution.cost,
-        "seconds": round(solution.seconds, 3),
-        "seed": request.seed,
-    }
-
-
-def finish_reason(solution: Solution) -> str:
-    """'length' when a budget ended the work before anything was said; an answer cut short in its checks is whole."""
-    return "length" if solution.stop == "budget" and not solution.text else "stop"
+def strings(body: Mapping[str, Any], name: str) -> list[str]:
+    """A string or a list of them as a list, empty where there is none. Raises: ApiError 400 for anything else."""
+    value = body.get(name) or []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ApiError(400, f"{name}: got {value!r}, expected strings", param=name)
+    return texts

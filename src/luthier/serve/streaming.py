@@ -7,13 +7,14 @@ keep the connection alive in between.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from luthier.reason.session import Solution
+from luthier.serve.answers import chunk, cut_short, event, extension, finish_reason, usage_chunk
 from luthier.serve.failures import error_of
-from luthier.serve.protocol import ChatRequest, chunk, extension, finish_reason, usage_chunk
+from luthier.serve.protocol import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
 ALIVE = b": working\n\n"
@@ -23,9 +24,16 @@ Listener = Callable[[Mapping[str, Any]], None]
 Work = Callable[[Listener], Awaitable[Solution]]
 
 
-def event(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+async def begun(pieces: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """The same pieces, once the first is there: until then a failure can still have its status."""
+    return _after(await anext(pieces, b""), pieces)
+
+
+async def _after(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(pieces):
+        yield first
+        async for piece in pieces:
+            yield piece
 
 
 def progress(happened: Mapping[str, Any]) -> str:
@@ -36,7 +44,7 @@ def progress(happened: Mapping[str, Any]) -> str:
     if happened["event"] != "point":
         return ""
     if happened["name"] == "proposal":
-        return f"Answer so far: {data['answer']}.\n"
+        return f"Answer so far: {data['answer'] or 'none'}.\n"
     if happened["name"] == "steps":
         return "".join(_step(step) for step in data["steps"])
     if happened["name"] == "fallback":
@@ -46,7 +54,7 @@ def progress(happened: Mapping[str, Any]) -> str:
 
 def _step(step: Mapping[str, Any]) -> str:
     sure = "unknown" if step["confidence"] is None else f"{step['confidence']:.0%}"
-    doubt = "" if step["agrees"] else f", but re-answers say {step['majority']}"
+    doubt = "" if step["agrees"] else f", but re-answers say {step['majority'] or 'something else each'}"
     return f"Step {step['index'] + 1} ({sure}): {step['question']} {step['answer']}{doubt}\n"
 
 
@@ -57,8 +65,10 @@ async def answer_events(request: ChatRequest, work: Work, *, alive_every: float)
     its status; a later one is an event.
     """
     lines: asyncio.Queue[str | None] = asyncio.Queue()
+    cut: list[str] = []
 
     def listen(happened: Mapping[str, Any]) -> None:
+        cut.extend(cut_short(happened))
         if text := progress(happened):
             lines.put_nowait(text)
 
@@ -72,7 +82,7 @@ async def answer_events(request: ChatRequest, work: Work, *, alive_every: float)
         while line is not None:
             yield event(chunk(request, {"reasoning_content": line})) if line else ALIVE
             line = await _next(lines, alive_every)
-        for piece in _conclusion(request, task):
+        for piece in _conclusion(request, task, cut):
             yield piece
     finally:
         task.cancel()
@@ -87,7 +97,7 @@ async def _next(lines: asyncio.Queue[str | None], alive_every: float) -> str | N
         return ""
 
 
-def _conclusion(request: ChatRequest, task: asyncio.Future[Solution]) -> Iterator[bytes]:
+def _conclusion(request: ChatRequest, task: asyncio.Future[Solution], cut: list[str]) -> Iterator[bytes]:
     try:
         solution = task.result()
     except Exception as error:
@@ -95,7 +105,7 @@ def _conclusion(request: ChatRequest, task: asyncio.Future[Solution]) -> Iterato
         return
     for start in range(0, len(solution.text), PIECE):
         yield event(chunk(request, {"content": solution.text[start : start + PIECE]}))
-    last = chunk(request, {}, finish_reason(solution))
+    last = chunk(request, {}, finish_reason(solution, cut))
     yield event({**last, "luthier": extension(request, solution)})
     if request.include_usage:
         yield event(usage_chunk(request, solution.usage))

@@ -1,37 +1,29 @@
-"""Where the plain models are: another server, or a model in this process."""
+"""Where the plain models are: another server, whose answers pass through as they are."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import httpx
 
 from luthier.llm.endpoint import Endpoint, normalize_url
-from luthier.llm.types import Backend, Completion, Request
+from luthier.llm.types import Backend
+from luthier.serve.answers import event
 from luthier.serve.failures import ApiError
-from luthier.serve.protocol import (
-    READ,
-    ChatRequest,
-    chunk,
-    completion,
-    conversation,
-    length,
-    number,
-    refuse_others,
-    usage_chunk,
-)
-from luthier.serve.streaming import DONE, event
+from luthier.serve.protocol import ChatRequest
+from luthier.serve.streaming import begun
 
 MOST_BACKENDS = 64
 """Connections to one server that are kept, by model and key."""
-LOCAL = READ | {"top_p", "top_k", "stop"}
+KEYS = {"authorization", "api-key", "x-api-key"}
 # Of one connection, not of the request; and what a browser tells about itself.
 NOT_FORWARDED = {"host", "content-length", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization"}
 NOT_FORWARDED |= {"te", "trailer", "transfer-encoding", "upgrade", "expect", "cookie", "origin", "referer"}
-NOT_RETURNED = NOT_FORWARDED | {"set-cookie", "date", "server"}
+# What the other server allows to web pages is not allowed to use this one.
+NOT_RETURNED = NOT_FORWARDED | {"set-cookie", "date", "server", "alt-svc", "strict-transport-security"}
+NOT_RETURNED |= {f"access-control-allow-{what}" for what in ("origin", "credentials", "headers", "methods")}
 
 
 @dataclass(frozen=True)
@@ -64,15 +56,16 @@ class Upstream(Protocol):
 
 
 class Server:
-    """Another OpenAI-compatible server. `key`: for clients that send none; `concurrency`: most calls in flight."""
+    """Another OpenAI-compatible server. `key`: for clients that send none; `concurrency`: most calls in flight of
+    reasoners with one model and key."""
 
     def __init__(self, url: str, *, key: str | None = None, concurrency: int = 64, timeout: float = 600.0) -> None:
         self.url = normalize_url(url)
-        self._key = key
+        self._key = key or ""
         self._concurrency = concurrency
         self._timeout = timeout
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=10.0), limits=limits)
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=10.0, pool=None), limits=limits)
         self._backends: dict[tuple[str, str | None], Endpoint] = {}
 
     async def models(self, key: str | None) -> list[str]:
@@ -85,28 +78,54 @@ class Server:
 
     def _endpoint(self, model: str, key: str | None) -> Endpoint:
         name = (model, key)
-        if name not in self._backends:
+        endpoint = self._backends.pop(name, None)
+        if endpoint is None:
             if len(self._backends) >= MOST_BACKENDS:
-                self._backends.pop(next(iter(self._backends)))
-            self._backends[name] = Endpoint(
-                self.url, model, api_key=key or self._key, concurrency=self._concurrency, timeout=self._timeout
-            )
-        return self._backends[name]
+                self._backends.pop(next(iter(self._backends)))  # the one not used for longest; calls may be in flight
+            # '' and not None, which would take OPENAI_API_KEY from the environment.
+            key = key or self._key
+            endpoint = Endpoint(self.url, model, api_key=key, concurrency=self._concurrency, timeout=self._timeout)
+        self._backends[name] = endpoint
+        return endpoint
 
     async def forward(self, request: ChatRequest, content: bytes, headers: Mapping[str, str]) -> Plain:
         """The server's status, headers and bytes as they come. Raises: ApiError 502 or 504 when none come."""
-        sent = {name: value for name, value in headers.items() if name not in NOT_FORWARDED}
-        if self._key and "authorization" not in sent:
+        # Without an Accept-Encoding of the client's own, httpx would ask for what the client cannot read.
+        sent = {"accept-encoding": "identity", **_without(NOT_FORWARDED, headers)}
+        if self._key and not KEYS & sent.keys():
             sent["authorization"] = f"Bearer {self._key}"
         asked = self._client.build_request("POST", f"{self.url}/chat/completions", content=content, headers=sent)
         try:
             response = await self._client.send(asked, stream=True)
         except httpx.HTTPError as error:
-            late = isinstance(error, httpx.ReadTimeout)
-            reason = "did not answer in time" if late else f"cannot be reached ({str(error) or type(error).__name__})"
-            raise ApiError(504 if late else 502, f"{self.url} {reason}", kind="upstream_error") from error
-        kept = {name: value for name, value in response.headers.items() if name not in NOT_RETURNED}
-        return Plain(response.status_code, _bytes(response), kept)
+            raise self._failure(error) from error
+        pieces = await begun(self._pieces(response))
+        return Plain(response.status_code, pieces, _without(NOT_RETURNED, response.headers))
+
+    async def _pieces(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+        """The bytes. A stream that breaks off between two events ends with an event that says so."""
+        end: bytes | None = None
+        try:
+            async for piece in response.aiter_raw():
+                yield piece
+                end = piece[-4:]
+        except httpx.HTTPError as error:
+            failure = self._failure(error)
+            if end is None:
+                raise failure from error
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                raise
+            if not end.endswith((b"\n\n", b"\r\n\r\n")) or "content-encoding" in response.headers:
+                raise
+            yield event(failure.body)
+        finally:
+            await response.aclose()
+
+    def _failure(self, error: httpx.HTTPError) -> ApiError:
+        late = isinstance(error, httpx.ReadTimeout)
+        reason = "did not answer in time" if late else f"cannot be reached ({str(error) or type(error).__name__})"
+        code = "upstream_timeout" if late else "upstream_error"
+        return ApiError(504 if late else 502, f"{self.url} {reason}", kind="upstream_error", code=code)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -115,75 +134,7 @@ class Server:
             await endpoint.aclose()
 
 
-async def _bytes(response: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for piece in response.aiter_raw():
-            yield piece
-    finally:
-        await response.aclose()
-
-
-class LocalBackend(Backend, Protocol):
-    """A backend in this process; `finished` gets the completion after the last piece of a stream."""
-
-    def stream(self, request: Request, finished: Callable[[Completion], None] | None = None) -> AsyncIterator[str]:
-        """The single sample of the request in pieces."""
-        ...
-
-
-class Local:
-    """One model in this process, under a name of its own."""
-
-    def __init__(self, backend: LocalBackend, name: str = "") -> None:
-        self._backend = backend
-        self._name = name or backend.model
-
-    async def models(self, key: str | None) -> list[str]:
-        """Its name."""
-        return [self._name]
-
-    def backend(self, model: str, key: str | None) -> Backend:
-        """The model. Raises: ApiError 404 for another name."""
-        if model != self._name:
-            message = f"there is no model {model!r} here, only {self._name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return self._backend
-
-    async def forward(self, request: ChatRequest, content: bytes, headers: Mapping[str, str]) -> Plain:
-        """Its answer, whole or streamed. Raises: ApiError 400 for what it cannot do."""
-        self.backend(request.upstream_model, None)
-        refuse_others(request, LOCAL, "a model in this process cannot do this; leave it out")
-        body = request.body
-        temperature, top_p = number(body, "temperature"), number(body, "top_p")
-        asked = Request(
-            messages=conversation(body, reasoner=False),
-            max_tokens=length(body),
-            temperature=1.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            top_k=max(int(number(body, "top_k") or 0), 0),
-            stop=body.get("stop") or (),
-            seed=request.seed,
-        )
-        if request.stream:
-            return Plain(200, self._pieces(request, asked), {"content-type": "text/event-stream"})
-        (reply,) = await self._backend.complete(asked)
-        answer = completion(request, {0: (reply.text, reply.finish_reason)}, reply.usage)
-        return Plain(200, _once(json.dumps(answer).encode()), {"content-type": "application/json"})
-
-    async def _pieces(self, request: ChatRequest, asked: Request) -> AsyncIterator[bytes]:
-        done: list[Completion] = []
-        yield event(chunk(request, {"role": "assistant", "content": ""}))
-        async for piece in self._backend.stream(asked, done.append):
-            yield event(chunk(request, {"content": piece}))
-        yield event(chunk(request, {}, done[0].finish_reason))
-        if request.include_usage:
-            yield event(usage_chunk(request, done[0].usage))
-        yield DONE
-
-    async def aclose(self) -> None:
-        """Stop the model's thread."""
-        await self._backend.aclose()
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
+def _without(names: set[str], headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers but for these, and for those that belong to the connection by its own word."""
+    own = {name.strip().lower() for name in headers.get("connection", "").split(",")}
+    return {name: value for name, value in headers.items() if name not in names | own}

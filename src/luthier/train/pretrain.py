@@ -124,15 +124,7 @@ def pretrain(
     objective = _place(model, config, low, who)
     choose_attention(model, config, low, who)
     weights = Weights(objective, low if who.world_size == 1 else None)
-    optimizer = torch.optim.AdamW(
-        weights.masters.values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    state = TrainState(weights, optimizer, cursor=mixture.state_dict())
+    state = TrainState(weights, _optimizer(weights, config), cursor=mixture.state_dict())
     _resume(state, mixture, checkpoints, who, run, console)
     score = partial(evaluate, objective, tokenizer, config=config, who=who)
     job = Job(
@@ -168,6 +160,17 @@ def pretrain(
         model.set_attn_implementation("sdpa")  # it takes no fp32, and the masters are fp32
     final = score(held_out, stride=config.sequence_length // 2) if finished else {}
     return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
+
+
+def _optimizer(weights: Weights, config: PretrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        weights.masters.values(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def _loop_settings(config: PretrainConfig) -> LoopSettings:
