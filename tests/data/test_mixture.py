@@ -196,7 +196,9 @@ def test_stretched_positions_skip_now_and_then_and_do_not_depend_on_ranks() -> N
     gaps = np.diff(whole)
     assert (whole[:, 0] == 0).all()
     assert gaps.min() == 1
-    assert 0.02 < (gaps > 1).mean() < 0.04
-    assert (whole[:, -1] / length).mean() == pytest.approx(3, rel=0.15)
+    assert 0.005 < (gaps > 1).mean() < 0.01
+    reaches = np.concatenate([mixture.batch(step, stretch=3.0)["position_ids"][:, -1] for step in range(5)]) / length
+    assert reaches.mean() == pytest.approx(2, rel=0.2)
+    assert reaches.min() < 1.5 < 2.5 < reaches.max()
     assert len({tuple(row) for row in whole.tolist()}) == 4
     assert "position_ids" not in mixture.batch(1)

@@ -31,7 +31,7 @@ from luthier.data.shards import TokenShards
 
 STATE_VERSION = 1
 MIN_BLOCK = 1024  # samples among which the corpora are shuffled
-SKIP_EVERY = 32  # tokens between two skips of stretched positions, on average
+SKIP_EVERY = 128  # tokens between two skips of stretched positions, on average
 SMALLEST_SHARE = 1e-6  # of a corpus: a block, which is held in memory, is as long as two of its samples are apart
 
 
@@ -92,7 +92,7 @@ class WindowMixture:
 
         Returns input_ids and targets [batch_size / world_size, sequence_length]; with `document_ids`, also the document
         of each input position, counted from 0 in each row (for attention masks); with `stretch` above 1, also
-        position_ids, which skip now and then so that a row reaches about that many times as far.
+        position_ids, which skip now and then so that a row reaches up to about that many times as far.
         Raises: ConfigError when the batch cannot be divided evenly; DataError for document ids of raw tokens.
         """
         if self.batch_size % world_size or not 0 <= rank < world_size:
@@ -114,8 +114,9 @@ class WindowMixture:
         return batch
 
     def _stretched(self, sample: int, stretch: float) -> NDArray[np.int64]:
-        """Positions of a sample: mostly one apart, so that neighbors stay neighbors."""
+        """Positions of a sample: mostly one apart, so that neighbors stay neighbors; some samples hardly skip."""
         rng = np.random.default_rng([self.seed, sample])
+        stretch = rng.uniform(1, stretch)
         skips = rng.random(self.sequence_length) < 1 / SKIP_EVERY
         longest = int(2 * SKIP_EVERY * (stretch - 1))
         steps = 1 + skips * rng.integers(0, longest, self.sequence_length, endpoint=True)
