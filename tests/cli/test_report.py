@@ -50,3 +50,23 @@ def test_a_trace_has_its_own_page(tmp_path: Path) -> None:
     file.close()
     run(ReportConfig(run=tmp_path / "t.jsonl"), Console(out=io.StringIO()))
     assert "2+2?" in (tmp_path / "t.html").read_text()
+
+
+def test_a_folder_of_traces_has_one_page(tmp_path: Path) -> None:
+    for name in ("tasks-cot", "tasks-ssr"):
+        trace = Trace("q", (file := TraceFile(tmp_path / "traces" / f"{name}.jsonl"),))
+        with trace.span("problem", name, question=f"asked by {name}", method=name, model="m") as top:
+            top.data.update(answer="4", stop="done")
+        file.close()
+    out = io.StringIO()
+    run(ReportConfig(run=tmp_path / "traces"), Console(out=out))
+    assert out.getvalue() == f"report: {tmp_path / 'traces' / 'report.html'}\n"
+    page = (tmp_path / "traces" / "report.html").read_text()
+    assert page.index("asked by tasks-cot") < page.index("asked by tasks-ssr")
+
+
+def test_a_file_that_is_no_trace_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello\n")
+    with pytest.raises(DataError, match="not an event of a trace") as error:
+        run(ReportConfig(run=tmp_path / "notes.txt"), Console(out=io.StringIO()))
+    assert "luthier solve --trace" in error.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,13 +92,23 @@ def _stage(record: Record) -> str:
 
 
 def page(title: str, content: str, *, style: str = "", script: str = "") -> str:
-    """A whole HTML document around `content`, with the style sheet inside, more of it in `style`, and a script."""
+    """A whole HTML document around `content`, with the style sheet inside, more of it in `style`, and a script.
+
+    With a script, the browser is told to run that one and no other, and to load nothing.
+    """
     common = resources.files("luthier.report").joinpath("style.css").read_text(encoding="utf-8")
     ending = f"<script>\n{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{_policy(script) if script else ''}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)} · luthier</title>\n<style>\n{common}{style}</style>\n</head>\n"
         f"<body>\n<main>{content}</main>\n{ending}</body>\n</html>\n"
     )
+
+
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
+    rules = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f'<meta http-equiv="Content-Security-Policy" content="{rules}">\n'

@@ -1,7 +1,8 @@
 """Trace files of reasoning as trees: problems, their rounds, what was asked and what came of it.
 
 A trace file has one JSON object a line: the start and the end of spans (problem, round, stage, step, call), and points
-between them. Problems may be mixed, a killed run leaves spans without an end, and the last line may be cut off.
+between them. Problems may be mixed. A killed run leaves spans without an end and cuts its last line off; when the run
+goes on in the same file, that line is in the middle.
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ from typing import Any
 from luthier.core.errors import DataError
 
 HINT = "give a file that `luthier solve --trace`, `luthier eval --traces` or `luthier serve --traces` wrote"
+LONG = ("messages", "replies", "text", "steps")
+HUGE = 1e15
+NEEDED: dict[str, dict[str, type]] = {
+    "start": {"span": int, "kind": str, "name": str},
+    "end": {"span": int},
+    "point": {"name": str},
+}
 
 
 @dataclass
@@ -30,6 +38,11 @@ class Span:
     end: float | None = None
     error: str = ""
 
+    def count(self, name: str) -> float:
+        """A number in the data; 0 when it is missing or is none."""
+        value = self.data.get(name)
+        return value if isinstance(value, int | float) and abs(value) < HUGE else 0
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,11 +56,13 @@ class Point:
 
 @dataclass
 class ProblemTrace:
-    """All that is known of one problem."""
+    """All that is known of one problem; without its texts when it is not `whole`."""
 
     name: str
+    whole: bool = True
     spans: dict[int, Span] = field(default_factory=dict)
-    points: list[Point] = field(default_factory=list)
+    items: list[Span | Point] = field(default_factory=list)
+    """Spans and points in the order in which they came."""
 
     @property
     def top(self) -> Span | None:
@@ -65,82 +80,114 @@ class ProblemTrace:
         return [span for span in self.spans.values() if span.kind == "round"]
 
     @property
+    def points(self) -> list[Point]:
+        """Points, in order."""
+        return [item for item in self.items if isinstance(item, Point)]
+
+    @property
     def last(self) -> float:
         """When the last thing happened, in seconds."""
-        ends = [span.end or span.start for span in self.spans.values()] + [point.time for point in self.points]
-        return max(ends, default=0.0)
+        times = [item.time if isinstance(item, Point) else item.end or item.start for item in self.items]
+        return max(times, default=0.0)
+
+    @property
+    def outcome(self) -> str:
+        """Why it stopped; 'failed' after an error, 'unfinished' when it has no end."""
+        if self.top is None or self.top.end is None:
+            return "unfinished"
+        return "failed" if self.top.error else str(self.top.data.get("stop") or "done")
 
     def round_of(self, number: int | None) -> int | None:
         """The round that a span belongs to; None outside of all rounds."""
-        while number is not None and number in self.spans:
+        seen: set[int] = set()
+        while number is not None and number in self.spans and number not in seen:
             if self.spans[number].kind == "round":
                 return number
+            seen.add(number)
             number = self.spans[number].parent
         return None
 
     def tokens(self) -> tuple[int, int]:
         """Tokens read and written in all calls."""
         names = ("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens")
-        read, written = (sum(call.data.get(name, 0) for call in self.calls) for name in names)
+        read, written = (int(sum(call.count(name) for call in self.calls)) for name in names)
         return read, written
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Take in one event."""
-        kind, time = event["event"], float(event["t"])
-        if kind == "start":
-            data = dict(event.get("data") or {})
-            self.spans[event["span"]] = Span(
-                event["span"], event.get("parent"), event["kind"], event["name"], time, data
-            )
-        elif kind == "end" and event["span"] in self.spans:
+        data = dict(event.get("data") or {})
+        if not self.whole:
+            data = {name: value for name, value in data.items() if name not in LONG}
+        if event["event"] == "start":
+            span = Span(event["span"], event.get("parent"), event["kind"], event["name"], event["t"], data)
+            self.spans[span.number] = span
+            self.items.append(span)
+        elif event["event"] == "end" and event["span"] in self.spans:
             span = self.spans[event["span"]]
-            span.end, span.error = time, event.get("error", "")
-            span.data.update(event.get("data") or {})
-        elif kind == "point":
-            self.points.append(Point(event.get("parent"), event["name"], time, event.get("data") or {}))
+            span.end, span.error = event["t"], str(event.get("error", ""))
+            span.data.update(data)
+        elif event["event"] == "point" and self.whole:
+            self.items.append(Point(event.get("parent"), event["name"], event["t"], data))
 
 
-def read_traces(path: Path) -> list[ProblemTrace]:
-    """The problems of a trace file, in the order in which they began. A problem that was begun again is there twice.
+@dataclass
+class Traces:
+    """The problems of a file, in the order in which they began, and how many of its lines were cut off."""
 
-    Raises: DataError for a file that is no trace.
+    problems: list[ProblemTrace] = field(default_factory=list)
+    cut: int = 0
+
+
+def read_traces(path: Path, whole: int | None = None) -> Traces:
+    """Read a trace file line by line. A problem that was begun again is there twice.
+
+    Of problems after the first `whole`, only what totals need is kept. Raises: DataError for a file that is no trace.
     """
-    found: list[ProblemTrace] = []
+    traces = Traces()
     current: dict[str, ProblemTrace] = {}
     for event in _events(path):
+        if event is None:
+            traces.cut += 1
+            continue
         name = str(event["trace"])
-        begins = event["event"] == "start" and event.get("kind") == "problem"
+        begins = event["event"] == "start" and event["kind"] == "problem"
         if begins or name not in current:
-            current[name] = ProblemTrace(name)
-            found.append(current[name])
+            current[name] = ProblemTrace(name, whole=whole is None or len(traces.problems) < whole)
+            traces.problems.append(current[name])
         current[name].add(event)
-    if not found:
-        raise DataError(f"{path}: it is empty, expected the events of a trace", hint=HINT)
-    return found
+    if not traces.problems:
+        raise DataError(f"{path}: it is empty, expected the events of a trace, one JSON object a line", hint=HINT)
+    return traces
 
 
-def _events(path: Path) -> Iterator[Mapping[str, Any]]:
-    unreadable: int | None = None
+def _events(path: Path) -> Iterator[Mapping[str, Any] | None]:
+    """The events of a file, None for a line that was cut off. The first line must be whole: else it is no trace."""
+    first = True
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            if unreadable is not None:  # only the last line may be cut off
-                raise DataError(f"{path}:{unreadable}: not an event of a trace", hint=HINT)
-            event = _event(line)
-            if event is None:
-                unreadable = number
-            else:
-                yield event
-    if unreadable == 1:
-        raise DataError(f"{path}:1: not an event of a trace", hint=HINT)
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            if not (_is_event(event) or (event is None and not first)):
+                expected = "expected a JSON object with trace, event (start, end or point) and t"
+                raise DataError(f"{path}:{number}: not an event of a trace, {expected}", hint=HINT)
+            first = False
+            yield event
 
 
-def _event(line: str) -> Mapping[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    known = isinstance(event, dict) and {"trace", "event", "t"} <= event.keys()
-    needed = {"start": {"span", "kind", "name"}, "end": {"span"}, "point": {"name"}}
-    return event if known and needed.get(event["event"], {"?"}) <= event.keys() else None
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or "trace" not in event or not isinstance(event.get("event"), str):
+        return False
+    needed = NEEDED.get(event["event"])
+    time, data = event.get("t", HUGE), event.get("data")
+    return (
+        needed is not None
+        and type(time) in (int, float)
+        and abs(time) < HUGE  # neither infinite nor NaN
+        and all(isinstance(event.get(name), kind) for name, kind in needed.items())
+        and isinstance(event.get("parent"), int | None)
+        and (data is None or isinstance(data, dict))
+    )
