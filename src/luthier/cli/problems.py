@@ -21,7 +21,7 @@ from luthier.reason.lessons import Lessons
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemsConfig:
-    """Make problems of graded length, such as f=17;b=f+5;b?, and conversations that teach how to solve and check them.
+    """Make problems of graded length, such as f=17;f+5=b;b?, and conversations that teach how to solve and check them.
 
     Writes lessons.jsonl (kind messages), test-N.jsonl and held-out-N.jsonl for each length N (kind answer), and
     tokenizer/, in which numbers, names and signs are tokens of their own.

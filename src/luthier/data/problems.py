@@ -1,6 +1,6 @@
 """Problems of graded length whose answers are certain: small programs of assignments, modulo a prime.
 
-    f=17;b=f+5;q=b*3;q?
+    f=17;f+5=b;b*3=q;q?
 
 The length is the number of operations. Names are random, so that nothing can be told from them. Every operation uses
 the variable before it and, in a `chain`, a number, or, in a `tree`, any earlier variable. What would undo a mistake is
@@ -29,7 +29,7 @@ LONGEST = len(string.ascii_lowercase) - 2
 
 @dataclass(frozen=True)
 class Operation:
-    """An assignment: `name` = `left` `sign` `right`, where left is a variable and right a variable or a number."""
+    """`left` `sign` `right` = `name`, where left is a variable and right a variable or a number."""
 
     name: str
     left: str
@@ -39,7 +39,7 @@ class Operation:
     @property
     def text(self) -> str:
         """As it stands in the problem."""
-        return f"{self.name}={self.left}{self.sign}{self.right}"
+        return f"{self.left}{self.sign}{self.right}={self.name}"
 
 
 @dataclass(frozen=True)

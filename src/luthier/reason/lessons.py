@@ -5,7 +5,7 @@ right or wrong; solving again after a doubt, which is sometimes mistaken; judgin
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
 
 Four things decide how soon a small model learns any of this. A line says the operation as the problem has it, then
-with numbers (`b=f+5=17+5=22`): each token follows from one other place. Short problems are common: on them it learns to
+with numbers (`f+5=17+5=22=b`): each token follows from one other place. Short problems are common: on them it learns to
 copy. Statements that nothing follows from stand between the others: without them the model counts places in place of
 looking for names, and fails on problems longer than it has seen. And plain calculations are drilled: in solutions only
 one token in thirty is the result of one.
@@ -77,15 +77,17 @@ class Lessons:
 
 
 def line(program: Program, operation: Operation, values: Values) -> str:
-    """One step: the operation, the same with numbers, and the value that `values` has for it."""
+    """One step: the operation, the same with numbers, the value that `values` has for it, and the name it gets."""
     left, right = program.operands(operation, values)
-    return f"{operation.text}={left}{operation.sign}{right}={values[operation.name]}"
+    numbers = f"{left}{operation.sign}{right}={values[operation.name]}"
+    return f"{operation.left}{operation.sign}{operation.right}={numbers}={operation.name}"
 
 
 def solution(program: Program, values: Values) -> str:
-    """A chain of thought: one line a step, then the answer."""
+    """A chain of thought: one line a step, what is asked, the answer."""
     lines = [line(program, operation, values) for operation in program.operations]
-    return "\n".join([*lines, f"####{values[program.operations[-1].name]}"])
+    last = program.operations[-1].name
+    return "\n".join([*lines, f"{last}?", f"####{values[last]}"])
 
 
 def steps(program: Program, values: Values) -> list[Step]:
