@@ -41,6 +41,7 @@ def test_all_kinds_are_taught_and_equal_settings_give_equal_lessons() -> None:
         "rewrite",
         "confidence",
         "drill",
+        "find",
     }
     assert list(LESSONS.rows()) == ROWS
 
@@ -67,6 +68,13 @@ def test_drills_calculate_what_is_not_held_out() -> None:
             left, right = map(int, calculation.split(sign))
             assert line == f"{calculation}={int(eval(calculation)) % 31}"
             assert not is_held_out((sign, left, right), LESSONS.share)
+
+
+def test_a_search_finds_the_statement_that_begins_with_the_name() -> None:
+    for asked, reply, _ in rows("find"):
+        statements, names, _ = asked.split("\n")
+        for name, line in zip(names.split(";"), reply.split("\n"), strict=True):
+            assert [s for s in statements.split(";") if s.startswith(name)] == [line]
 
 
 def test_decompositions_say_what_the_solution_says() -> None:

@@ -14,6 +14,7 @@ one token in thirty is the result of one.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from luthier.reason.prompts import SHORT, Finding, Step
 
 Values = Mapping[str, int]
 Row = dict[str, Any]
+FOUND = 8
+"""Names in one search."""
 DRILLED = 12
 """Calculations in one drill."""
 
@@ -52,13 +55,14 @@ class Lessons:
     rewrite: float = 0.06
     confidence: float = 0.02
     drill: float = 0.3
+    find: float = 0.2
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
 
     def rows(self) -> Iterator[Row]:
         """The lessons, as rows of kind `messages`."""
         kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
-        kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill}
+        kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill, "find": _find}
         weights = [getattr(self, name) for name in kinds]
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
@@ -171,6 +175,20 @@ def _confidence(lessons: Lessons, rng: random.Random, program: Program) -> list[
     references = [answer if rng.random() < share else rng.randrange(program.modulus) for _ in range(5)]
     asked = SHORT.confidence(str(answer), [str(reference) for reference in references])
     return [*asked, _reply(f"####{sum(reference == answer for reference in references)}")]
+
+
+def _find(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    """Which statement begins with a name, for names in any order among statements in any order."""
+    names = rng.sample(string.ascii_lowercase, len(string.ascii_lowercase))
+    count = rng.randint(2, len(names) - 2)
+    found = {
+        name: f"{name}{rng.choice(OPERATIONS)}{rng.randrange(2, program.modulus)}={names[index + 1]}"
+        for index, name in enumerate(names[:count])
+    }
+    asked = rng.sample(names[:count], min(count, FOUND))
+    statements = rng.sample(list(found.values()), count)
+    reply = _reply("\n".join(found[name] for name in asked))
+    return [{"role": "user", "content": f"{';'.join(statements)}\n{';'.join(asked)}\nFind."}, reply]
 
 
 def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
