@@ -98,11 +98,11 @@ def decoder(model: PreTrainedModel, read: Callable[[], None] = lambda: None) -> 
     @torch.no_grad()
     def decode(tokens: int) -> float:
         output = model(torch.arange(PROMPT)[None], use_cache=True, logits_to_keep=1)
-        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        token, cache = output.logits[:, -1:].argmax(-1), output.cache
         read()
         began = time.perf_counter()
         for _ in range(tokens):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
         return tokens / (time.perf_counter() - began)
 
     return decode

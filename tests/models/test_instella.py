@@ -136,9 +136,9 @@ def test_positions_may_skip_inside_a_document() -> None:
 def test_document_ids_are_refused_where_they_would_be_ignored() -> None:
     model = make_model()
     tokens = random_tokens(2, 24)
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True).cache
     with pytest.raises(ValueError, match="cannot be combined"):
-        model(tokens, document_ids=PACKED, past_key_values=cache)
+        model(tokens, document_ids=PACKED, cache=cache)
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="document_ids needs one of"):
         model(tokens, document_ids=PACKED)
@@ -189,7 +189,7 @@ def test_loss_is_the_mean_over_targets() -> None:
     log_probabilities = output.logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     counted = labels[:, 1:] != -100
     torch.testing.assert_close(output.loss, -log_probabilities[counted].mean())
-    assert output.past_key_values is None, "training makes no cache"
+    assert output.cache is None, "training makes no cache"
 
 
 def test_logits_to_keep() -> None:

@@ -20,7 +20,7 @@ from luthier.core.errors import EndpointError
 from luthier.llm.sampling import next_tokens
 from luthier.llm.types import FinishReason, TokenLogprob
 
-STATE_NAMES = ("past_key_values", "cache_params")  # what models call their cache; the second is Mamba's
+STATE_NAMES = ("cache", "past_key_values")  # what models call their cache, the second until transformers 5.24
 REPLACEMENT = "\ufffd"  # what decoding makes of an unfinished character
 
 
@@ -252,7 +252,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCa
             f"{type(inner).__name__} keeps its state in a way of its own, which cannot be batched here",
             hint="serve it, and give the server's --endpoint instead",
         )
-    if state == "cache_params" and ids.shape[1] == 1:
+    if "position_ids" not in parameters and ids.shape[1] == 1:
         chosen["attention_mask"] = None  # Mamba takes a mask of the new tokens, and a single one is never padding
     output = model(input_ids=ids, use_cache=True, **{"attention_mask": mask, state: cache, **chosen})
     return output.logits[:, -keep:].float()

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import capture_outputs
 
 from luthier.models.instella_config import InstellaConfig
@@ -156,7 +157,7 @@ class InstellaAttention(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*x.shape[:-1], -1, self.head_dim)
@@ -165,8 +166,8 @@ class InstellaAttention(nn.Module):
         value = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, E)
         query = rotate(query, *rotation).to(value.dtype).transpose(1, 2)
         key = rotate(key, *rotation).to(value.dtype).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
@@ -213,7 +214,7 @@ class InstellaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InstellaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -234,13 +235,14 @@ class InstellaModel(InstellaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
@@ -252,13 +254,13 @@ class InstellaModel(InstellaPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and document_ids is None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        mask = self._attention_mask(x, attention_mask, position_ids, past_key_values, document_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        mask = self._attention_mask(x, attention_mask, position_ids, cache, document_ids)
 
         positions = position_ids
         if positions is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(x.shape[1], device=x.device)[None] + seen
         cos, sin = self.rotary_emb(x, position_ids=positions)
         rotation = (cos[:, :, None], sin[:, :, None])  # (B or 1, T, 1, E)
@@ -268,43 +270,44 @@ class InstellaModel(InstellaPreTrainedModel):
                 x,
                 rotation=rotation,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), cache=cache)
 
     def _attention_mask(
         self,
         x: Tensor,
         attention_mask: Any,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         document_ids: Tensor | None,
     ) -> Any:
         """What the chosen attention kernel needs: None when SDPA's own causal flag says it all."""
         same_document = None
         if document_ids is not None:
-            self._check_document_ids(past_key_values)
+            self._check_document_ids(cache)
             same_document = packed_sequence_mask_function(document_ids)
         elif self.config._attn_implementation == "sdpa" and all(
-            given is None for given in (attention_mask, position_ids, past_key_values)
+            given is None for given in (attention_mask, position_ids, cache)
         ):
             # create_causal_mask concludes this too, but in code compiled by older torch versions it builds a mask.
             return None
         return create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            # By place: transformers 5.24 calls the last of these `cache`, before it was `cache`.
+            self.config,
+            x,
+            attention_mask,
+            cache,
             # Only the caller's positions: resets in them mean packed rows, and looking for resets is not free. Beside
             # document_ids they mean nothing of the kind: positions may skip.
             position_ids=position_ids if document_ids is None else None,
             and_mask_function=same_document,
         )
 
-    def _check_document_ids(self, past_key_values: Cache | None) -> None:
-        if past_key_values is not None:
+    def _check_document_ids(self, cache: Cache | None) -> None:
+        if cache is not None:
             raise ValueError("document_ids describes whole rows and cannot be combined with a key-value cache")
         if self.config._attn_implementation not in DOCUMENT_MASK_ATTENTION:
             raise ValueError(
@@ -328,13 +331,14 @@ class InstellaForCausalLM(InstellaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -354,7 +358,7 @@ class InstellaForCausalLM(InstellaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             document_ids=document_ids,
@@ -367,7 +371,7 @@ class InstellaForCausalLM(InstellaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

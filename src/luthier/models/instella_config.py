@@ -25,7 +25,7 @@ class InstellaConfig(PreTrainedConfig):
     """
 
     model_type = "instella"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     # The norm of q and k needs the whole width, so every rank gathers them before it.
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.self_attn.q_proj": "colwise_gather_output",

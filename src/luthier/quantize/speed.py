@@ -66,7 +66,7 @@ def _one_request(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) ->
     token = _best(output.logits)
     read = _now(model)
     for _ in range(new_tokens):
-        output = network(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        output = network(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
         token = _best(output.logits)
     return read - began, _now(model) - read
 
