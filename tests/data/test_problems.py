@@ -52,12 +52,20 @@ def test_statements_that_nothing_follows_from_change_no_answer() -> None:
     for seed in range(100):
         plain, mixed = draw_program(5, seed), draw_program(5, seed, unused=4)
         assert mixed.answer == plain.answer
-        statements = mixed.question.split(";")
-        assert [s for s in statements if s in plain.question.split(";")] == plain.question.split(";")
-        names = {max(statement.split("="), key=str.isalpha) for statement in statements[:-1]}
-        assert len(names) == len(statements) - 1
-        counts.add(len(statements) - len(plain.question.split(";")))
+        *statements, asked = mixed.question.split(";")
+        assert asked == plain.question.split(";")[-1]
+        others = set(statements) - set(plain.statements)
+        assert len(others) == len(statements) - len(plain.statements)
+        assert all(statement[0] not in plain.values() and statement[-1] not in plain.values() for statement in others)
+        counts.add(len(others))
     assert counts == set(range(5))
+
+
+def test_shuffled_statements_are_the_same_in_another_order() -> None:
+    plain, shuffled = draw_program(8, 1), draw_program(8, 1, shuffled=True)
+    assert sorted(shuffled.written) == sorted(plain.statements)
+    assert list(shuffled.written) != plain.statements
+    assert draw_program(24, 1, form="chain", shuffled=True, unused=6).answer == draw_program(24, 1, form="chain").answer
 
 
 def test_a_calculation_is_held_out_in_both_orders() -> None:

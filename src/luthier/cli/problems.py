@@ -21,10 +21,10 @@ from luthier.reason.lessons import Lessons
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemsConfig:
-    """Make problems of graded length, such as f=17;f+5=b;b?, and conversations that teach how to solve and check them.
+    """Make problems of graded length, such as f+5=b;f=17;b?, and conversations that teach how to solve and check them.
 
     Writes lessons.jsonl (kind messages), test-N.jsonl and held-out-N.jsonl for each length N (kind answer), and
-    tokenizer/, in which numbers, names and signs are tokens of their own.
+    tokenizer/, in which numbers, names and signs with the number after them are tokens of their own.
     """
 
     out: Path = Path("runs/problems")
@@ -41,6 +41,10 @@ class ProblemsConfig:
     """Values are 0 to modulus - 1."""
     form: Form = "mixed"
     """chain: the variable before and a number; tree: any two earlier variables; mixed: both."""
+    shuffled: bool = True
+    """Whether the statements of a problem are in no order."""
+    unused: int = 6
+    """Most statements of a problem that nothing follows from."""
     share: float = 0.03
     """Share of calculations that no lesson and no problem of test-N.jsonl needs, but every one of held-out-N.jsonl."""
     seed: int = 0
@@ -63,6 +67,8 @@ def run(config: ProblemsConfig, console: Console) -> None:
             lengths=config.lengths,
             modulus=config.modulus,
             form=config.form,
+            shuffled=config.shuffled,
+            unused=config.unused,
             share=config.share,
             seed=config.seed,
         )
@@ -102,6 +108,8 @@ def _problems(config: ProblemsConfig, split: Split, length: int) -> Iterator[Map
             modulus=config.modulus,
             form=config.form,
             split=split,
+            shuffled=config.shuffled,
+            unused=config.unused,
             share=config.share,
         )
         number += 1

@@ -1,9 +1,10 @@
 """Problems of graded length whose answers are certain: small programs of assignments, modulo a prime.
 
-    f=17;f+5=b;b*3=q;q?
+    b*3=q;f=17;f+5=b;q?
 
-The length is the number of operations. Names are random, so that nothing can be told from them. Every operation uses
-the variable before it and, in a `chain`, a number, or, in a `tree`, any earlier variable. What would undo a mistake is
+The length is the number of operations. Names are random, so that nothing can be told from them, and so is the order of
+the statements, if asked for. Every operation uses the variable before it and, in a `chain`, a number, or, in a `tree`,
+any earlier variable. What would undo a mistake is
 not drawn: x-x, and products with 0 in a tree. Some calculations are held out: problems of the split `train` and `test`
 never need one, those of `held-out` need one at least. Length can be held out by asking for other lengths.
 """
@@ -15,6 +16,7 @@ import random
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from luthier.core.errors import ConfigError
@@ -50,17 +52,18 @@ class Program:
     operations: tuple[Operation, ...]
     modulus: int
     form: str
-    unused: tuple[tuple[int, str], ...] = ()
-    """Statements that nothing follows from, such as a=3, each with its place among the others."""
+    written: tuple[str, ...] = ()
+    """The statements as the problem has them, if not one after the other as they are worked out."""
+
+    @property
+    def statements(self) -> list[str]:
+        """What is given, in the order in which it is worked out."""
+        return [*(f"{name}={value}" for name, value in self.known.items()), *(o.text for o in self.operations)]
 
     @property
     def question(self) -> str:
         """The problem as text."""
-        statements = [f"{name}={value}" for name, value in self.known.items()]
-        statements += [operation.text for operation in self.operations]
-        for place, text in self.unused:
-            statements.insert(place, text)
-        return ";".join([*statements, f"{self.operations[-1].name}?"])
+        return ";".join([*(self.written or self.statements), f"{self.operations[-1].name}?"])
 
     @property
     def answer(self) -> str:
@@ -117,11 +120,13 @@ def draw_program(
     form: Form = "mixed",
     split: Split = "train",
     share: float = 0.03,
+    shuffled: bool = False,
     unused: int = 0,
 ) -> Program:
     """A random program of `length` operations. Equal arguments give equal programs, and splits never share one.
 
-    share: of calculations that are held out. unused: most statements that nothing follows from.
+    share: of calculations that are held out. shuffled: the statements are in no order. unused: most operations besides,
+    on variables without a value; statements are shuffled then.
     Raises: ConfigError for an impossible length or modulus.
     """
     if not 1 <= length <= LONGEST:
@@ -133,7 +138,7 @@ def draw_program(
         program = _draw(rng, length, modulus, form)
         held = any(is_held_out(triple, share) for triple in program.triples())
         if held == (split == "held-out") and (_side(program) < 0.9) == (split == "train"):
-            return replace(program, unused=_draw_unused(rng, program, unused)) if unused else program
+            return replace(program, written=_write(rng, program, unused)) if shuffled or unused else program
     raise ConfigError(
         f"no problem of {length} operations fits the split {split!r}", hint="change the share of what is held out"
     )
@@ -168,15 +173,15 @@ def _draw_operation(rng: random.Random, name: str, values: Mapping[str, int], pr
     return Operation(name, left, sign, right)
 
 
-def _draw_unused(rng: random.Random, program: Program, most: int) -> tuple[tuple[int, str], ...]:
-    """Up to `most` values of names that are free."""
-    statements = len(program.known) + len(program.operations)
+def _write(rng: random.Random, program: Program, unused: int) -> tuple[str, ...]:
+    """The statements in no order, among up to `unused` operations on names that have no value."""
     free = sorted(set(string.ascii_lowercase) - set(program.values()))
-    names = rng.sample(free, rng.randint(0, min(most, len(free))))
-    return tuple(
-        (rng.randint(0, statements + place), f"{name}={rng.randrange(program.modulus)}")
-        for place, name in enumerate(names)
-    )
+    names = rng.sample(free, rng.randint(0, min(unused, len(free) - 1)) + 1)
+    others = [
+        f"{left}{rng.choice(OPERATIONS)}{rng.randrange(2, program.modulus)}={right}" for left, right in pairwise(names)
+    ]
+    statements = [*program.statements, *others]
+    return tuple(rng.sample(statements, len(statements)))
 
 
 def problem_row(program: Program, name: str, split: Split) -> dict[str, Any]:

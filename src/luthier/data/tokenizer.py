@@ -45,7 +45,7 @@ SPLIT_PATTERN = (
 
 # For calculations: numbers below 100, single letters (names) and signs are tokens of their own, so that what stands at
 # the same place in every line is as many tokens away; words and runs of punctuation may merge.
-SYMBOL_PATTERN = r"\p{N}{1,2}|\p{L}{2,}|\p{L}|[^\s\p{L}\p{N}]+|\s"
+SYMBOL_PATTERN = r"[-+*]\p{N}{1,2}|\p{N}{1,2}|\p{L}{2,}|\p{L}|[^\s\p{L}\p{N}]+|\s"
 
 # One string per habit by which tokenizers lose text.
 LOSSLESS_PROBES = (

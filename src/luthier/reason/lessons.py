@@ -4,11 +4,11 @@ Solving step by step; decomposing a solution as it stands, mistakes included; an
 right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
 
-Four things decide how soon a small model learns any of this. A line says the operation as the problem has it, then
-with numbers (`f+5=17+5=22=b`): each token follows from one other place. Short problems are common: on them it learns to
-copy. Statements that nothing follows from stand between the others: without them the model counts places in place of
-looking for names, and fails on problems longer than it has seen. And plain calculations are drilled: in solutions only
-one token in thirty is the result of one.
+Four things decide how soon a small model learns any of this. A line is the statement as the problem has it, then the
+same with numbers (`f+5=b:17+5=22`), so that each token follows from one other place. Short problems are common: on them
+it learns to copy. Statements are in no order, among others that nothing follows from: otherwise the model counts places
+in place of looking for names, and fails on problems longer than it has seen. And plain calculations are drilled: in
+solutions only one token in twenty is the result of one.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Lessons:
     form: Form = "mixed"
     share: float = 0.03
     """Of calculations that are never shown."""
+    shuffled: bool = True
+    """Whether the statements of a problem are in no order."""
     unused: int = 6
     """Most statements of a problem that nothing follows from."""
     seed: int = 0
@@ -69,7 +71,7 @@ class Lessons:
             rng = random.Random(seed)
             length = self._length(rng)
             how: dict[str, Any] = {"modulus": self.modulus, "form": self.form, "share": self.share}
-            program = draw_program(length, seed, **how, unused=self.unused)
+            program = draw_program(length, seed, **how, shuffled=self.shuffled, unused=self.unused)
             name = rng.choices(list(kinds), weights)[0]
             *given, reply = kinds[name](self, rng, program)
             context = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]
@@ -81,10 +83,9 @@ class Lessons:
 
 
 def line(program: Program, operation: Operation, values: Values) -> str:
-    """One step: the operation, the same with numbers, the value that `values` has for it, and the name it gets."""
+    """One step: the operation as it stands, the same with numbers, and the value that `values` has for it."""
     left, right = program.operands(operation, values)
-    numbers = f"{left}{operation.sign}{right}={values[operation.name]}"
-    return f"{operation.left}{operation.sign}{operation.right}={numbers}={operation.name}"
+    return f"{operation.text}:{left}{operation.sign}{right}={values[operation.name]}"
 
 
 def solution(program: Program, values: Values) -> str:
