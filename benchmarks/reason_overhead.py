@@ -8,7 +8,10 @@ A simulated solver in a process of its own answers every request after 50 ms. Th
    library at the same concurrency (no order among them, no answers read): the difference is our work and our waiting;
 2. memory: 1,000 problems of 12 steps in flight at once;
 3. with --official, a checkout of SalesforceAIResearch/socratic-self-refine-reasoning: its SSR-Lin and ours on the same
-   problems, M = 5 samples, R = 3, 30 problems and 100 calls at once: requests, generations, wall time, accuracy.
+   problems and the same server, M = 5 samples, R = 3, 30 problems and 100 calls at once: requests, generations, wall
+   time, accuracy.
+
+Rows carry the load average before each part: other work on the machine makes wall times longer, ours and theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import re
 import resource
@@ -36,6 +40,7 @@ from unittest.mock import MagicMock
 import httpx
 from record import record
 
+from luthier.core.errors import ConfigError
 from luthier.llm.endpoint import Endpoint
 from luthier.llm.pools import Pools, pooled
 from luthier.llm.stub_server import Faults, StubServer
@@ -79,29 +84,37 @@ def free_reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: i
     return _said(chain.follow(chain.deviations(stated) if stated else [deviation() for _ in chain.steps]))
 
 
+def reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: int) -> str:
+    """The simulated solver for our prompts, the same habits for other wording."""
+    try:
+        return SimulatedSolver(HABITS).reply([dict(message) for message in messages], seed, index)
+    except ConfigError:
+        return free_reply(messages, seed, index)
+
+
 def _said(values: Sequence[int]) -> str:
     return "\n".join([*(f"v{t} = {v} follows." for t, v in enumerate(values, 1)), f"<answer>{values[-1]}</answer>"])
 
 
-def _serve(pipe: Any, anybody: bool) -> None:
+def _serve(pipe: Any) -> None:
     async def run() -> None:
-        reply = free_reply if anybody else SimulatedSolver(HABITS).reply
         async with StubServer(reply, latency=LATENCY, model=MODEL, faults=Faults()) as stub:
             pipe.send(stub.url)
             while True:
                 await asyncio.to_thread(pipe.recv)
                 ledger = stub.ledger
-                pipe.send({"requests": ledger.requests, "most_in_flight": ledger.most_in_flight})
+                names = ("requests", "most_in_flight", "completion_tokens")
+                pipe.send({name: getattr(ledger, name) for name in names})
 
     asyncio.run(run())
 
 
 @contextmanager
-def server(*, anybody: bool = False) -> Any:
+def server() -> Any:
     """URL of a simulated solver in a process of its own, and a function that reads its ledger."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, anybody), daemon=True)
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
 
     def ledger() -> dict[str, int]:
@@ -144,7 +157,7 @@ async def ours(
     method: str = "ssr:rounds=3,samples=5",
 ) -> dict[str, float]:
     """Solve all; seconds, CPU seconds and the share of right answers."""
-    endpoint = Endpoint(url, MODEL, concurrency=concurrency, transport=transport)
+    endpoint = Endpoint(url, MODEL, concurrency=concurrency, transport=transport, timeout=600, connect_timeout=120)
     config, slots = parse_method(method), asyncio.Semaphore(at_once)
 
     async def one(number: int, chain: Chain) -> bool:
@@ -173,9 +186,9 @@ async def bare(url: str, bodies: Sequence[bytes]) -> dict[str, float]:
         return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def overhead(problems: int, repeats: int) -> dict[str, Any]:
+def overhead(problems: int, repeats: int, steps: int) -> dict[str, Any]:
     """Part 1."""
-    chains = [Chain.draw(12, number) for number in range(problems)]
+    chains, load = [Chain.draw(steps, number) for number in range(problems)], os.getloadavg()[0]
     with server() as (url, ledger):
         recording = Recording()
         asyncio.run(ours(url, chains, concurrency=IN_FLIGHT, at_once=problems, transport=recording))
@@ -189,7 +202,9 @@ def overhead(problems: int, repeats: int) -> dict[str, Any]:
     extra = [(whole["cpu"] - alone["cpu"]) / len(recording.bodies) for whole, alone in rows]
     return {
         "part": "overhead",
+        "load": load,
         "problems": problems,
+        "steps": steps,
         "requests": len(recording.bodies),
         "most_in_flight": most,
         "seconds": [round(whole["seconds"], 2) for whole, _ in rows],
@@ -202,15 +217,15 @@ def overhead(problems: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def memory(problems: int = 1000) -> dict[str, Any]:
+def memory(steps: int, problems: int = 1000) -> dict[str, Any]:
     """Part 2, in this process: call it in a fresh one."""
-    chains = [Chain.draw(12, number) for number in range(problems)]
-    with server() as (url, _):
+    chains, load = [Chain.draw(steps, number) for number in range(problems)], os.getloadavg()[0]
+    with server() as (url, ledger):
         took = asyncio.run(ours(url, chains, concurrency=problems, at_once=problems))
+        requests = ledger()["requests"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"part": "memory", "problems_in_flight": problems, "seconds": round(took["seconds"], 1)} | {
-        "peak_mib": round(peak, 1)
-    }
+    told = {"requests": requests, "seconds": round(took["seconds"], 1), "peak_mib": round(peak, 1)}
+    return {"part": "memory", "load": load, "problems_in_flight": problems, "steps": steps, **told}
 
 
 async def official(url: str, chains: Sequence[Chain], path: str) -> dict[str, float]:
@@ -241,13 +256,14 @@ async def official(url: str, chains: Sequence[Chain], path: str) -> dict[str, fl
 def side(name: str, problems: int, path: str) -> dict[str, Any]:
     """One side of part 3, in this process."""
     chains = [Chain.draw(6, number) for number in range(problems)]
-    with server(anybody=name == "official") as (url, ledger):
+    load = os.getloadavg()[0]
+    with server() as (url, ledger):
         if name == "official":
             took = asyncio.run(official(url, chains, path))
         else:
             took = asyncio.run(ours(url, chains, concurrency=100, at_once=30, method=name))
-        requests = ledger()["requests"]
-    return {"side": name, "requests": requests} | {key: round(value, 3) for key, value in took.items()}
+        counted = {name: ledger()[name] for name in ("requests", "completion_tokens")}
+    return {"side": name, "load": load, **counted} | {key: round(value, 3) for key, value in took.items()}
 
 
 def _fresh(*arguments: str) -> dict[str, Any]:
@@ -262,32 +278,39 @@ def _fresh(*arguments: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", default="", help="checkout of the published implementation")
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--parts", nargs="*", default=["overhead", "memory", "side"], help="overhead, memory, side")
+    parser.add_argument("--problems", type=int, default=200, help="of part 1; part 3 takes up to 60 of them")
+    parser.add_argument("--steps", type=int, default=12, help="of a problem in parts 1 and 2; part 3 has 6")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="record nothing")
     parser.add_argument("--only", default="", help="for its own use: memory, or a side of part 3")
     options = parser.parse_args()
     if options.only:
-        part = memory() if options.only == "memory" else side(options.only, options.problems, options.official)
+        one = options.only
+        part = memory(options.steps) if one == "memory" else side(one, options.problems, options.official)
         print(json.dumps(part))
         return
-    first = overhead(options.problems, options.repeats)
-    if options.dry:
-        print(first)
-        return
-    record("reason_overhead", **first)
-    record("reason_overhead", **_fresh("--only", "memory"))
-    if not options.official:
+    keep = print if options.dry else lambda row: record("reason_overhead", **row)
+    if "overhead" in options.parts:
+        keep(overhead(options.problems, options.repeats, options.steps))
+    if "memory" in options.parts:
+        keep(_fresh("--only", "memory", "--steps", str(options.steps)))
+    if "side" in options.parts and not options.official:
         print("side by side: left out (give --official PATH)")
-        return
-    path = str(Path(options.official).resolve())
+    elif "side" in options.parts:
+        keep(side_by_side(min(options.problems, 60), str(Path(options.official).resolve())))
+
+
+def side_by_side(problems: int, path: str) -> dict[str, Any]:
+    """Part 3: every side in a process of its own."""
     rows = [
-        _fresh("--only", name, "--problems", "60", "--official", path)
+        _fresh("--only", name, "--problems", str(problems), "--official", path)
         for name in ("official", "ssr-lin:rounds=3,samples=5", "ssr-lin:preset=paper,rounds=3,samples=5")
     ]
     theirs, mine, _ = rows
-    ratios = {key: round(mine[key] / theirs[key], 3) for key in ("requests", "seconds", "cpu")}
-    record("reason_overhead", part="side by side", problems=60, rows=rows, ours_over_theirs=ratios)
+    names = ("requests", "completion_tokens", "seconds", "cpu")
+    ratios = {key: round(mine[key] / theirs[key], 3) for key in names}
+    return {"part": "side by side", "problems": problems, "rows": rows, "ours_over_theirs": ratios}
 
 
 if __name__ == "__main__":

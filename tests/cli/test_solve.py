@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from luthier.cli.eval_tasks import _failures
 from luthier.llm.stub_server import Faults, StubServer
 from luthier.reason.simulation import Chain, Habits, SimulatedSolver
 
@@ -53,6 +54,41 @@ def test_a_budget_ends_the_work(luthier: Callable[..., Any], server: StubServer)
     assert luthier("solve", "Q", *where, "--budget", "calls").error.startswith("budget: got 'calls'")
     assert luthier("solve", "Q", *where, "--method", "srs").error.startswith("'srs': no such method")
     assert luthier("solve", " ", *where).error.startswith("there is nothing to solve")
+
+
+def test_votes_are_shown_and_dollars_need_prices(luthier: Callable[..., Any], server: StubServer) -> None:
+    where = ("--model", "stub", "--endpoint", server.url)
+    outcome = luthier("solve", CHAIN.question, *where, "--method", "maj@3")
+    assert f"votes: {CHAIN.answer} ×" in outcome.err
+    assert luthier("solve", "Q", *where, "--budget", "dollars=1").error == "budget: dollars need prices"
+
+
+def test_a_local_folder_is_a_model_too(luthier: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
+    from luthier.data.tokenizer import train_bpe
+    from luthier.models.initialization import initialize
+    from luthier.models.instella import InstellaForCausalLM
+    from luthier.models.instella_config import sized_config
+    from luthier.models.load import save_pretrained
+
+    tokenizer = train_bpe(["What is 2 + 3? It is 5. What is 4 + 4? It is 8."] * 3, 262)
+    config = sized_config("nano", tokenizer, vocab_size=262, max_position_embeddings=1024)
+    network = InstellaForCausalLM._from_config(config, dtype=torch.float32)
+    initialize(network, 1)
+    save_pretrained(network.eval(), tokenizer, tmp_path / "model", {"verb": "test"})
+    where = ("--model", tmp_path / "model", "--device", "cpu", "--json")
+    outcome = luthier("solve", "What is 2 + 3?", *where, "--method", "maj@2:prompts=short,max_tokens=4")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert (result["calls"], result["stop"]) == (1, "no answer")  # it was never trained
+    assert 0 < result["completion_tokens"] <= 8
+
+
+def test_why_calls_failed_is_said() -> None:
+    failed = [{"status": "failed", "error": text} for text in ("server is down", "timed out")]
+    rows = {"sums": {"cot": [{"status": "correct"}, *failed], "ssr": [{"status": "wrong"}]}}
+    assert list(_failures(rows)) == ["sums, cot: 2 failed, the first with: server is down"]
 
 
 def test_no_torch_is_needed_with_an_endpoint(luthier_without_torch: Callable[..., Any], server: StubServer) -> None:

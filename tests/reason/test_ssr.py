@@ -148,7 +148,14 @@ def test_a_spent_budget_gives_the_answer_so_far(budget: str, calls: int | None) 
     backend = Slow(Habits(error=0.5)) if "seconds" in budget else SimulatedSolver(Habits(error=0.5))
     solution = ask(backend, f"ssr:{budget}", Chain.draw(8, 1))
     assert solution.stop == "budget"
-    assert calls is None or solution.usage.calls == calls
+    assert calls is None or solution.usage.calls == calls  # also the one that was on its way
+
+
+def test_what_a_budget_cut_off_was_paid_for_and_is_counted() -> None:
+    backend = Slow(Habits(error=0.5))
+    solution = ask(backend, "ssr:max_calls=5", Chain.draw(8, 1))
+    assert (solution.stop, solution.usage.calls) == ("budget", 5)
+    assert solution.usage == backend.usage
 
 
 class Slow(SimulatedSolver):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -179,11 +180,12 @@ def _solve_prompt() -> list[Any]:
     ],
 )
 def test_what_cannot_be_done_is_said_as_openai_would(proxy: str, body: Any, status: int, message: str) -> None:
-    response = httpx.post(f"{proxy}/chat/completions", json={"messages": ASKED, **body})
-    assert response.status_code == status
-    assert message in response.json()["error"]["message"]
-    assert httpx.post(f"{proxy}/chat/completions", content=b"{").status_code == 400
-    assert httpx.get(f"{proxy}/nothing").json()["error"]["type"] == "invalid_request_error"
+    with httpx.Client(base_url=proxy, timeout=60) as one:
+        response = one.post("/chat/completions", json={"messages": ASKED, **body})
+        assert response.status_code == status
+        assert message in response.json()["error"]["message"]
+        assert one.post("/chat/completions", content=b"{").status_code == 400
+        assert one.get("/nothing").json()["error"]["type"] == "invalid_request_error"
 
 
 def test_tools_reach_the_plain_model_where_asked_for(upstream: StubServer) -> None:
@@ -237,12 +239,28 @@ def test_a_refusal_keeps_its_status(model: str, stream: bool) -> None:
         one.chat.completions.create(model=model, messages=ASKED, stream=stream)
 
 
+def comes_true(what: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it does so in time."""
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return what()
+
+
+def leave(url: str, body: Any, *, once: Callable[[], bool]) -> None:
+    """Ask, and close the connection as soon as something is the case: no clock decides, however busy the machine."""
+    where, content = httpx.URL(url), json.dumps(body)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {where.host}\r\ncontent-length: {len(content)}\r\n\r\n"
+    with socket.create_connection((where.host, where.port or 80)) as connection:
+        connection.sendall((head + content).encode())
+        assert comes_true(once)
+
+
 def test_a_client_that_leaves_cancels_a_plain_call() -> None:
     echo = Echo(delay=30)
     with _serving(echo) as behind, running(lambda: Server(behind)) as url:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/chat/completions", json={"model": "m", "messages": ASKED}, timeout=0.2)
-        assert echo.left.wait(5)
+        leave(url, {"model": "m", "messages": ASKED}, once=lambda: bool(echo.seen))
+        assert echo.left.wait(20)
 
 
 def test_the_server_limits_what_a_request_may_cost(upstream: StubServer) -> None:
@@ -265,13 +283,8 @@ def test_a_client_that_leaves_cancels_the_calls_made_for_it(stream: bool) -> Non
     backend = ScriptedBackend(lambda request, index: "<answer>1</answer>", model="slow", delay=30.0)
     with running(lambda: Local(backend), alive_every=0.2) as url:
         body = {"model": "maj@3/slow", "messages": ASKED, "stream": stream}
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(0.15)) as one:
-            one.post(f"{url}/chat/completions", json=body)
-        deadline = time.monotonic() + 5
-        while backend.in_flight and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert backend.requests
-        assert backend.in_flight == 0
+        leave(url, body, once=lambda: backend.in_flight > 0)
+        assert comes_true(lambda: backend.in_flight == 0)
 
 
 def test_a_model_in_this_process_is_served_plain_and_reasoning() -> None:

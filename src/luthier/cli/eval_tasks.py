@@ -46,6 +46,8 @@ def run(config: EvalConfig, console: Console) -> None:
         tables = [table for task in tasks for table in _tables(task, rows[task.name], config)]
         for table in tables:
             console.table(**table)
+        for note in _failures(rows):
+            console.status(note)
         headline = {f"{t.name}, {m}": _share(r) for t in tasks for m, r in rows[t.name].items()}
         folder.write_summary({"verb": "eval", "headline": headline, "tables": tables})
         console.result({"tasks": {task.name: _numbers(rows[task.name]) for task in tasks}})
@@ -149,6 +151,14 @@ def _tables(task: Task, by_method: Mapping[str, list[Row]], config: EvalConfig) 
         yield {"title": f"{task.name} by {config.by}", "columns": [config.by, *COLUMNS], "rows": lines, "note": ""}
     if len(by_method) > 1:
         yield _pairs(task, by_method)
+
+
+def _failures(rows: Mapping[str, Mapping[str, list[Row]]]) -> Iterator[str]:
+    """How many problems of each task and method failed, and the first reason."""
+    for task, by_method in rows.items():
+        for method, some in by_method.items():
+            if failed := [row for row in some if row["status"] == "failed"]:
+                yield f"{task}, {method}: {len(failed)} failed, the first with: {failed[0]['error']}"
 
 
 def _line(method: str, rows: Sequence[Row]) -> list[str]:

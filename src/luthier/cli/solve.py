@@ -67,8 +67,11 @@ def run(config: SolveConfig, console: Console) -> None:
 
 
 def settings_of(config: SolveConfig) -> ReasonConfig:
-    """The method with its settings, and the budgets."""
-    return replace(parse_method(config.method), **read_budget(config.budget))
+    """The method with its settings, and the budgets. Raises: ConfigError."""
+    settings = replace(parse_method(config.method), **read_budget(config.budget))
+    if settings.max_cost is not None and config.prices is None:
+        raise ConfigError("budget: dollars need prices", hint="add --prices FILE, or limit tokens instead")
+    return settings
 
 
 async def _solve(question: str, settings: ReasonConfig, config: SolveConfig, console: Console) -> Solution:

@@ -66,6 +66,8 @@ class LiveView:
         elif event["name"] == "steps" and not self._terminal:
             for step in data["steps"]:
                 self._say(f"  {describe(step)}")
+        elif event["name"] == "votes":
+            self._say("  votes: " + ", ".join(f"{vote['answer']} ×{vote['count']}" for vote in data["votes"]))
         elif event["name"] == "fallback":
             self._say(f"  {data['what']}: {data['why']}")
         elif event["name"] == "budget":
@@ -101,4 +103,7 @@ def describe(step: Mapping[str, Any]) -> str:
 
 
 def _hint(step: Mapping[str, Any]) -> str:
-    return f"-> {step['majority']}" if not step.get("agrees", True) and step.get("majority") else ""
+    """What a doubted step should be; 'refuted' where a checker knows only that it is wrong."""
+    if step.get("agrees", True):
+        return ""
+    return f"-> {step['majority']}" if step.get("majority") else "refuted" * (step.get("decided_by") == "checker")

@@ -1,7 +1,8 @@
-"""Programs that decide single steps where they understand them, instead of re-answers: arithmetic and sudoku grids.
+"""Programs that decide single steps where they understand them: arithmetic, sudoku grids, zebra puzzles.
 
-A checker says whether a stated answer holds and, where it can, what is right. It never guesses: what it does not fully
-understand is left to the votes. It computes with a parser of its own; nothing a model wrote is executed.
+A checker says whether a stated answer holds. It never guesses: what it does not fully understand is left to the votes.
+Arithmetic also says what is right; the puzzles do not, they only refute what the givens or clues rule out. Checkers see
+the problem as it is asked and no answer to it. Nothing a model wrote is executed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from luthier.reason.prompts import Step
+from luthier.reason.statements import asserted
 from luthier.tasks.answers import number
 from luthier.tasks.sudoku import read_grid, solves
+from luthier.tasks.zebra import read_zebra
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ Checker = Callable[[str, Sequence[Step], Step], Verdict | None]
 _ASKED = re.compile(
     r"(?:what is|what's|compute|calculate|evaluate|find)?\s*(?:the value of)?\s*"
     r"(?P<expression>[-+*/x\u00d7\u00f7\u2212().\d\s]*[-+*/x\u00d7\u00f7\u2212][-+*/x\u00d7\u00f7\u2212().\d\s]*)"
-    r"(?:\(?\s*(?:mod(?:ulo)?)\s*(?P<modulus>\d+)\s*\)?)?\s*[=?.]*\s*",
+    r"(?:\(?\s*(?:mod(?:ulo)?)\s*(?P<modulus>\d+)\s*\)?)?[\s=?.]*",
     re.IGNORECASE,
 )
 _SIGNS = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-"})
@@ -93,4 +96,13 @@ def sudoku(question: str, earlier: Sequence[Step], step: Step) -> Verdict | None
     return Verdict(solves(grid, puzzle))
 
 
-CHECKERS: dict[str, Checker] = {"arithmetic": arithmetic, "sudoku": sudoku}
+def zebra(question: str, earlier: Sequence[Step], step: Step) -> Verdict | None:
+    """That a value belongs to a house or to another value, where the clues of the puzzle prove or refute it."""
+    del earlier
+    puzzle = read_zebra(question)
+    cells = None if puzzle is None else asserted(puzzle, step.question, step.answer)
+    holds = None if puzzle is None or cells is None else puzzle.decides(*cells)
+    return None if holds is None else Verdict(holds)
+
+
+CHECKERS: dict[str, Checker] = {"arithmetic": arithmetic, "sudoku": sudoku, "zebra": zebra}

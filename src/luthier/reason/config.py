@@ -77,7 +77,7 @@ class ReasonConfig:
     patch: bool = False
     """Keep the part of a solution before the first doubted step word for word."""
     checkers: tuple[str, ...] = ()
-    """Programs that decide steps they understand: arithmetic, sudoku."""
+    """Programs that decide steps they understand: arithmetic, sudoku, zebra."""
     decompose_attempts: int = 2
     """Calls for a readable decomposition before falling back to judging the whole solution."""
     coverage: bool = True
@@ -112,8 +112,8 @@ class ReasonConfig:
                 raise ConfigError(f"{name} is {value}, expected more than 0", hint=f"leave {name} out for no limit")
         if self.trust is not None and not 0 < self.trust <= 1:
             raise ConfigError(f"trust is {self.trust}, expected a probability in (0, 1]", hint="for example 0.9")
-        if unknown := set(self.checkers) - {"arithmetic", "sudoku"}:
+        if unknown := set(self.checkers) - {"arithmetic", "sudoku", "zebra"}:
             raise ConfigError(
-                f"checkers: got {', '.join(sorted(unknown))}, expected some of arithmetic, sudoku",
+                f"checkers: got {', '.join(sorted(unknown))}, expected some of arithmetic, sudoku, zebra",
                 hint="for example checkers=[arithmetic]",
             )

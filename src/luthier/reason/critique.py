@@ -11,7 +11,10 @@ from luthier.reason.steps import judge, rewrite
 
 
 async def self_refine(session: Session) -> None:
-    """Judge and rewrite, R times; ours stops when the judge is content, as the original does."""
+    """Judge and rewrite, R times; ours stops when the judge is content, as the original does.
+
+    The published code never stops: nor does `reference_compat`.
+    """
     config = session.config
     chain = session.propose(0, await session.text("solve", session.prompts.solve(session.question)))
     session.stop = "rounds"
@@ -32,8 +35,11 @@ async def debate(session: Session) -> None:
     config = session.config
     solve = session.prompts.solve(session.question)
     with session.trace.span("round", "round", number=0):
-        replies = await session.ask("solve", solve, n=config.agents)
-        agents = [session.propose(0, reply.text) for reply in replies]
+        if config.reference_compat:  # a request for each, as published
+            texts = await together(session.text("solve", solve) for _ in range(config.agents))
+        else:
+            texts = [reply.text for reply in await session.ask("solve", solve, n=config.agents)]
+        agents = [session.propose(0, text) for text in texts]
     for number in range(1, config.rounds + 1):
         with session.trace.span("round", "round", number=number):
             texts = await together(_again(session, agents, index) for index in range(len(agents)))

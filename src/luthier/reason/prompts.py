@@ -32,11 +32,11 @@ class Finding:
     """A step whose re-answers disagree with what the solution states.
 
     `asserted`: the steps before it stand, so `hint` is its answer; otherwise an earlier step changes too, and `hint` is
-    only what the step gives with the values stated so far.
+    only what the step gives with the values stated so far. Without a hint it is only known to be wrong.
     """
 
     step: Step
-    hint: str
+    hint: str | None
     asserted: bool = True
 
 
@@ -89,15 +89,13 @@ class Prompts:
 
     def reflection(self, findings: Sequence[Finding]) -> str:
         """The doubt that is appended to a solution, in the first person."""
-        return "\n".join(
-            self.fill(
-                "finding" if finding.asserted else "finding_later",
-                question=finding.step.question,
-                answer=finding.step.answer,
-                hint=finding.hint,
-            )
-            for finding in findings
-        )
+        return "\n".join(map(self._doubt, findings))
+
+    def _doubt(self, finding: Finding) -> str:
+        said = {"question": finding.step.question, "answer": finding.step.answer}
+        if finding.hint is None:
+            return self.fill("finding_refuted", **said)
+        return self.fill("finding" if finding.asserted else "finding_later", hint=finding.hint, **said)
 
     def refine(self, question: str, solution: str, findings: Sequence[Finding]) -> list[Message]:
         """Solve again after a reflection on single steps. The solution stays natural text, written by the model."""
@@ -210,6 +208,10 @@ FULL = Prompts(
             'The point "{question}" needs to be done again as well: from the values that I had before it, it would '
             "give {hint} and not {answer}, and those values may change too."
         ),
+        "finding_refuted": (
+            'Wait, I should look again at one point, "{question}". I had {answer} there, but that cannot be right: it '
+            "contradicts what the problem says."
+        ),
         "refine": (
             "First examine these doubts: between <evaluation> and </evaluation>, say what went wrong and what "
             "follows from it. Then solve the original problem again, completely and from the beginning, with the "
@@ -288,6 +290,7 @@ SHORT = Prompts(
         "confidence": "{answer}\n{references}\nSame?",
         "finding": "Wait: {question} is {hint}.",
         "finding_later": "Wait: redo {question}.",
+        "finding_refuted": "Wait: redo {question}.",
         "refine": "Again.",
         "judge": "{question}\n{solution}\nRight?",
         "rewrite": "{question}\n{solution}\n{verdict}\nAgain.",

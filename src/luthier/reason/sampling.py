@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from luthier.reason.session import Proposal, Session, together
 from luthier.reason.steps import judge
+from luthier.reason.votes import UNREAD, tally_raw
 
 
 async def cot(session: Session) -> None:
@@ -12,9 +13,14 @@ async def cot(session: Session) -> None:
 
 
 async def maj(session: Session) -> None:
-    """The most common of K answers (self-consistency, arXiv 2203.11171), equal in meaning, not in spelling."""
+    """The most common of K answers (self-consistency, arXiv 2203.11171), equal in meaning, not in spelling.
+
+    The published code counts spellings: so does `reference_compat`.
+    """
     proposals = await _sample(session)
-    votes = await session.tally([proposal.answer for proposal in proposals])
+    answers = [proposal.answer for proposal in proposals]
+    raw = session.config.reference_compat
+    votes = [v for v in tally_raw(answers) if v.answer != UNREAD] if raw else await session.tally(answers)
     session.trace.point("votes", votes=[{"answer": vote.answer, "count": vote.count} for vote in votes])
     if votes:
         session.chosen = votes[0].members[0]

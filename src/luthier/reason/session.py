@@ -147,6 +147,9 @@ class Session:
         self._context = tuple(context)
         self._equivalence = equivalence
         self._calls = 0
+        self._in_flight = 0
+        self._longest = 0
+        self._dearest = 0.0
         self._asked: Counter[tuple[str, str]] = Counter()
         self._same: dict[tuple[str, str], bool] = {}
 
@@ -174,7 +177,7 @@ class Session:
             n=n,
             first_sample=first_sample,
             temperature=self.config.temperature if temperature is None else temperature,
-            max_tokens=self._room(max_tokens or self.config.max_tokens),
+            max_tokens=self._room(max_tokens or self.config.max_tokens, n),
             seed=self._seed(role, whole, first_sample),
             response_format={"type": "json_object"} if json else None,
             require_format=False,
@@ -182,7 +185,11 @@ class Session:
         )
         self._calls += 1
         with self.trace.span("call", role, **_call_data(role, backend.model, request)) as span:
-            completions = await backend.complete(request)
+            self._in_flight += n
+            try:
+                completions = await backend.complete(request)
+            finally:
+                self._in_flight -= n
             cost = self._pay(backend.model, completions)
             span.data.update(_reply_data(completions, cost))
         if json and completions[0].format == "text":
@@ -200,27 +207,34 @@ class Session:
             self._asked[key] += 1
         return derive_seed(self.seed, role, self._asked[key])
 
-    def _room(self, max_tokens: int | None) -> int | None:
+    def _room(self, max_tokens: int | None, n: int) -> int | None:
+        """Tokens that each of n replies may have. Replies on their way count as the longest, dearest one so far.
+
+        Raises: BudgetSpent.
+        """
         limits = self.config
         if limits.max_calls is not None and self._calls >= limits.max_calls:
             raise BudgetSpent(f"{limits.max_calls} calls")
-        if limits.max_cost is not None and self.cost is not None and self.cost >= limits.max_cost:
+        spent = (self.cost or 0.0) + self._in_flight * self._dearest
+        if limits.max_cost is not None and spent >= limits.max_cost:
             raise BudgetSpent(f"{limits.max_cost} dollars")
         if limits.max_tokens_total is None:
             return max_tokens
-        left = limits.max_tokens_total - self.usage.completion_tokens
-        if left <= 0:
+        left = limits.max_tokens_total - self.usage.completion_tokens - self._in_flight * self._longest
+        if left < n:
             raise BudgetSpent(f"{limits.max_tokens_total} tokens")
-        return left if max_tokens is None else min(left, max_tokens)
+        return left // n if max_tokens is None else min(left // n, max_tokens)
 
     def _pay(self, model: str, completions: Sequence[Completion]) -> float | None:
         used = sum((completion.usage for completion in completions), Usage())
         self.usage += used
+        self._longest = max(self._longest, *(completion.usage.completion_tokens for completion in completions))
         cost = self._models.price(model, used) if self._models.price else None
         if cost is None and self.config.max_cost is not None:
             raise ConfigError(
                 f"the price of {model!r} is unknown, so max_cost cannot be kept", hint="add it to the table of prices"
             )
+        self._dearest = max(self._dearest, (cost or 0.0) / max(len(completions), 1))
         self.cost = None if cost is None or self.cost is None else self.cost + cost
         return cost
 
@@ -276,10 +290,16 @@ class Session:
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run all at once. When one fails or the caller is cancelled, the others are cancelled and waited for."""
+    """Run all at once. When one fails or the caller is cancelled, the others are cancelled and waited for.
+
+    When a budget is spent, what is on its way is paid for already: it is waited for, and counted.
+    """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
+    except BudgetSpent:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
     except BaseException:
         for task in tasks:
             task.cancel()

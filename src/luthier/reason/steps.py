@@ -73,17 +73,39 @@ async def verify(session: Session, proposal: Proposal, steps: Sequence[Step]) ->
 async def _verify_step(session: Session, steps: Sequence[Step], index: int) -> CheckedStep:
     step, earlier = steps[index], steps[:index]
     with session.trace.span("step", "step", index=index, question=step.question, answer=step.answer) as span:
-        checked = _by_checker(session, earlier, step) or await _by_votes(session, earlier, step)
+        checked = await _by_checker(session, earlier, step) or await _by_votes(session, earlier, step)
         span.data.update({k: v for k, v in checked.to_json(index).items() if k not in ("index", "question", "answer")})
     return checked
 
 
-def _by_checker(session: Session, earlier: Sequence[Step], step: Step) -> CheckedStep | None:
+async def _by_checker(session: Session, earlier: Sequence[Step], step: Step) -> CheckedStep | None:
     verdict = check_step(session.config.checkers, session.question, earlier, step)
-    if verdict is None or (not verdict.holds and verdict.value is None):
+    if verdict is None:
         return None
+    if not verdict.holds and verdict.value is None:
+        return await _refuted(session, earlier, step)
     value = step.answer if verdict.holds else verdict.value
     return CheckedStep(step, (), float(verdict.holds), verdict.holds, value, "checker")
+
+
+async def _refuted(session: Session, earlier: Sequence[Step], step: Step) -> CheckedStep:
+    """A step that a checker found wrong and cannot mend: its majority is that of the re-answers that are not refuted.
+
+    One that the checker proves needs no majority.
+    """
+    key = (tuple(earlier), step.question)
+    if key not in session.memo:
+        messages = session.prompts.step(session.question, earlier, step.question)
+        replies = await session.ask("step", messages, n=session.config.samples)
+        session.memo[key] = [extract_answer(reply.text) for reply in replies]
+    votes = await session.tally(session.memo[key])
+    names, question = session.config.checkers, session.question
+    verdicts = [check_step(names, question, earlier, replace(step, answer=vote.answer)) for vote in votes]
+    proven = [vote for vote, verdict in zip(votes, verdicts, strict=True) if verdict and verdict.holds]
+    open_ = [vote for vote, verdict in zip(votes, verdicts, strict=True) if verdict is None]
+    leaders = proven or [vote for vote in open_ if vote.count >= session.config.min_votes]
+    counts = tuple((vote.answer, vote.count) for vote in votes)
+    return CheckedStep(step, counts, 0.0, False, leaders[0].answer if leaders else None, "checker")
 
 
 async def _by_votes(session: Session, earlier: Sequence[Step], step: Step) -> CheckedStep:
@@ -171,18 +193,21 @@ async def select(session: Session, proposal: Proposal) -> list[Finding]:
     """
     config, steps = session.config, proposal.steps
     if config.guard:
-        doubted = [index for index, step in enumerate(steps) if await _outvoted(session, step)]
+        doubted = [i for i, step in enumerate(steps) if _is_refuted(step) or await _outvoted(session, step)]
     else:
         sure = all(step.confidence == 1.0 for step in steps)
-        doubted = [] if sure else [i for i, step in enumerate(steps) if step.majority is not None]
+        doubted = [] if sure else [i for i, step in enumerate(steps) if step.majority is not None or _is_refuted(step)]
     if config.fix == "first" or not config.guard:
         doubted = sorted(doubted, key=lambda index: _rank(session, steps[index]))[:1]
     findings = [
-        Finding(steps[index].step, steps[index].majority or UNREAD, asserted=place == 0)
-        for place, index in enumerate(doubted)
+        Finding(steps[index].step, steps[index].majority, asserted=place == 0) for place, index in enumerate(doubted)
     ]
     session.trace.point("selected", indices=doubted, hints={str(i): steps[i].majority for i in doubted})
     return findings
+
+
+def _is_refuted(step: CheckedStep) -> bool:
+    return step.decided_by == "checker" and not step.agrees
 
 
 async def _outvoted(session: Session, step: CheckedStep) -> bool:

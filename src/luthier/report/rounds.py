@@ -26,6 +26,7 @@ DECIDED_BY = {
     "judge": "by a judge",
     "trust": "first reply, trusted",
 }
+DOUBTS = {"votes": "outvoted", "memo": "outvoted", "checker": "refuted"}
 
 
 @dataclass
@@ -136,7 +137,8 @@ def _steps(steps: Sequence[Mapping[str, Any]], selected: Mapping[str, Any]) -> s
     rows = ""
     for place, step in enumerate(steps):
         index = step.get("index", place)
-        rows += _step(index, step, hints.get(str(index)) if index in chosen else None)
+        # A step that was refuted may have no hint: it is to be done again.
+        rows += _step(index, step, (hints.get(str(index)) or "do again") if index in chosen else None)
     names = ("", "step", "stated", "confidence", "re-answers", "verdict")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
@@ -165,10 +167,7 @@ def _verdict(step: Mapping[str, Any]) -> tuple[str, str]:
     if "agrees" not in step:
         return "open", "not finished"
     if not step["agrees"]:
-        outvoted = step.get("decided_by", "votes") in ("votes", "memo")
-        return "doubted", "✗ outvoted" if outvoted else "✗ refuted" if step.get(
-            "decided_by"
-        ) == "checker" else "✗ doubted"
+        return "doubted", f"✗ {DOUBTS.get(str(step.get('decided_by', 'votes')), 'doubted')}"
     return ("open", "? no majority") if step.get("majority") is None else ("confirmed", "✓ confirmed")
 
 
@@ -208,7 +207,8 @@ def _solution(problem: ProblemTrace, part: Part, point: Point) -> str:
     lines = changes(_text(before), text) if before else [("", html.escape(line)) for line in text.split("\n")]
     body = "".join(_line(mark, line) for mark, line in lines)
     added, removed = (sum(mark == sign for mark, _ in lines) for sign in "+−")
-    change = f"{added} lines added, {removed} removed" if added or removed else "unchanged"
+    lines_added = f"{added} line{'' if added == 1 else 's'} added"
+    change = f"{lines_added}, {removed} removed" if added or removed else "unchanged"
     note = f'<span class="note">{change}, against the solution that was mended</span>' if before else ""
     counts = '<span class="counts">✓ this one counts</span>' if _counts(problem, point) else ""
     name = f"Answer {html.escape(cell(point.data.get('answer')))}"

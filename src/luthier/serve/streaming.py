@@ -54,7 +54,15 @@ def progress(happened: Mapping[str, Any]) -> str:
 
 def _step(step: Mapping[str, Any]) -> str:
     sure = "unknown" if step["confidence"] is None else f"{step['confidence']:.0%}"
-    doubt = "" if step["agrees"] else f", but re-answers say {step['majority'] or 'something else each'}"
+    doubt = ""
+    if not step["agrees"]:
+        refuted = step["decided_by"] == "checker"
+        doubt = ", which a checker refutes" if refuted else ""
+        doubt += (
+            f", but re-answers say {step['majority'] or 'something else each'}"
+            if step["majority"] or not refuted
+            else ""
+        )
     return f"Step {step['index'] + 1} ({sure}): {step['question']} {step['answer']}{doubt}\n"
 
 

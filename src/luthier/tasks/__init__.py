@@ -1,7 +1,8 @@
 """Problems with known answers: finding answers in replies, grading them, and what scores mean.
 
 In reading order: `task` (a problem, a set of problems), `answers` (the answer in a reply, and exact comparison),
-`sudoku` (grids and their rules), `grading` (right, wrong, unparsed or timed out), `grading_worker` (symbolic comparison
-in a process of its own), `math` (GSM8K, MATH, AIME and plain rows), `puzzles` (mini sudokus, zebra puzzles), `catalog`
-(tasks by name), `runner` (solve a task, resumably), `metrics` (accuracy with intervals, pass@k, maj@k, calibration).
+`sudoku` (grids and their rules), `zebra` (puzzles and what their clues decide), `grading` (right, wrong, unparsed or
+timed out), `grading_worker` (symbolic comparison in a process of its own), `math` (GSM8K, MATH, AIME and plain rows),
+`puzzles` (mini sudokus, zebra puzzles), `catalog` (tasks by name), `runner` (solve a task, resumably), `metrics`
+(accuracy with intervals, pass@k, maj@k, calibration).
 """
