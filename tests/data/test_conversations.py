@@ -16,7 +16,7 @@ from luthier.data.shards import IGNORED, TokenShards, write_shards
 from luthier.data.sources import open_source, split
 from luthier.data.tokenizer import train_bpe
 from luthier.learn.evaluate import code_length
-from luthier.train.prepare import prepare_text, token_stream
+from luthier.learn.prepare import prepare_text, token_stream
 
 CHATS = [[{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": str(2 * n)}] for n in range(40)]
 DOUBT = [

@@ -51,6 +51,14 @@ def test_two_ranks_equal_one(runs):
     assert_same_weights(runs.weights("two-ranks"), runs.weights("straight"), 1e-4)
 
 
+def test_muon_on_two_ranks_equals_one_that_was_stopped(runs):
+    runs.finish("muon-two-ranks", ranks=2, optimizer="muon")
+    runs.finish("muon", optimizer="muon", stop_after=2, code=130)
+    runs.finish("muon", optimizer="muon")
+    assert runs.losses("muon-two-ranks") == pytest.approx(runs.losses("muon"), abs=1e-5)
+    assert_same_weights(runs.weights("muon-two-ranks"), runs.weights("muon"), 1e-4)
+
+
 def test_a_state_of_two_ranks_resumes_on_one_and_back(runs):
     runs.finish("resharded", ranks=2, stop_after=2, code=1)  # torchrun reports any early end as 1
     runs.finish("resharded", ranks=1, stop_after=2, code=130)

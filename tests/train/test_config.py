@@ -29,7 +29,7 @@ def test_the_defaults_are_the_preset_of_the_default_size() -> None:
 def test_3b_is_stage_one_of_the_paper() -> None:
     config = build(PretrainConfig, {"size": "3b"})
     assert config.steps * config.batch_size * config.sequence_length == 4_064_997_801_984  # 4.065 T tokens
-    assert (config.learning_rate, config.betas, config.epsilon) == (4e-4, (0.9, 0.95), 1e-8)
+    assert (config.learning_rate, config.betas, config.optimizer) == (4e-4, (0.9, 0.95), "adamw")
     assert (config.weight_decay, config.grad_clip, config.final_fraction) == (0.1, 1.0, 0.1)
 
 

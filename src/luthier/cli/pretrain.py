@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.corpora import prepare_corpus
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
-from luthier.core.errors import ConfigError, Interrupted
+from luthier.core.errors import Interrupted
 from luthier.core.run import RunFolder
 from luthier.train.config import PretrainConfig
 from luthier.train.plan import DEVICE_COUNTS, hour_rows, plan_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from luthier.learn.parallel import Ranks
-    from luthier.train.prepare import Corpus
+    from luthier.learn.prepare import Corpus
     from luthier.train.pretrain import Pretrained
 
 
@@ -34,12 +32,20 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
 def run(config: PretrainConfig, console: Console) -> None:
     """Train or resume; under torchrun every rank comes here."""
     from luthier.data.mixture import WindowMixture
+    from luthier.data.tokenizer import load_tokenizer
     from luthier.learn.parallel import ranks
-    from luthier.train.prepare import token_stream
+    from luthier.learn.prepare import token_stream
     from luthier.train.pretrain import pretrain
 
     with ranks(config.device) as who, _open_run(config, who) as folder:
-        corpus = _prepare(config, who, console)
+        corpus = prepare_corpus(
+            config,
+            who,
+            console,
+            tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer else None,
+            vocab_size=config.vocab_size,
+            sequence_length=config.sequence_length,
+        )
         mixture = WindowMixture(
             corpus.training,
             config.weights or None,
@@ -79,63 +85,6 @@ def _open_run(config: PretrainConfig, who: Ranks) -> Iterator[RunFolder | None]:
     finally:
         if run is not None:
             run.close()
-
-
-def _prepare(config: PretrainConfig, who: Ranks, console: Console) -> Corpus:
-    from luthier.data.shards import TokenShards
-    from luthier.data.tokenizer import load_tokenizer
-    from luthier.train.prepare import Corpus, open_corpus
-
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    if any(is_tokenized(spec) for spec in config.data):
-        if tokenizer is None or not config.eval_data or not all(is_tokenized(spec) for spec in config.data):
-            raise ConfigError(
-                "data: token shards need `tokenizer` (the one that made them), `eval_data`, and no text beside them",
-                hint="give --tokenizer FOLDER --eval-data SHARDS, and tokenize text corpora first",
-            )
-        training = [TokenShards.open(Path(spec), tokenizer) for spec in config.data]
-        return Corpus(tokenizer, training, TokenShards.open(Path(config.eval_data), tokenizer))
-    if config.eval_data:
-        raise ConfigError(
-            f"eval_data: got {config.eval_data!r}, but text corpora hold a part of themselves out",
-            hint="drop eval_data (held_out sets the part), or give token shards as data",
-        )
-    folder = config.out / "data"
-    with who.main_first():
-        if who.is_main:
-            _write_corpus(config, tokenizer, folder, console)
-    corpus = open_corpus(folder, len(config.data))
-    if who.is_main:
-        trained, kept = sum(part.num_tokens for part in corpus.training), corpus.held_out.num_tokens
-        console.status(f"tokens: {trained:,} to train on, {kept:,} held out, vocabulary {len(corpus.tokenizer):,}")
-    return corpus
-
-
-def _write_corpus(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast | None, folder: Path, console: Console
-) -> None:
-    from luthier.data.sources import open_source
-    from luthier.train.prepare import prepare_text
-
-    sources = [open_source(spec) for spec in config.data]
-    for source in sources:
-        console.status(f"corpus: {source.name}, {len(source.documents):,} documents, {source.num_bytes:,} bytes")
-        if source.note:
-            console.status(f"  {source.note}")
-    prepare_text(
-        sources,
-        tokenizer,
-        folder,
-        held_out=config.held_out,
-        vocab_size=config.vocab_size,
-        seed=config.seed,
-        sequence_length=config.sequence_length,
-    )
-
-
-def is_tokenized(spec: str) -> bool:
-    """Whether a corpus is a folder of token shards."""
-    return (Path(spec) / "index.json").is_file()
 
 
 def _finish(config: PretrainConfig, run: RunFolder, corpus: Corpus, outcome: Pretrained, console: Console) -> None:

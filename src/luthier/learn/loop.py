@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -56,8 +55,8 @@ class Job:
 
     objective: torch.nn.Module
     state: TrainState
-    batch_at: Callable[[int], Mapping[str, NDArray[np.int64]]]
-    """Step -> this rank's share: input_ids, targets and maybe document_ids, each (sequences, T)."""
+    batch_at: Callable[[int], Mapping[str, NDArray[Any]]]
+    """Step -> this rank's share: input_ids and targets (sequences, T), and what else the objective takes by row."""
     learning_rate: Callable[[int], float]
     seed: int
     """Decides the dropout of each step, in models that have any."""

@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from luthier.core.console import Console
 from luthier.core.errors import CheckpointError
 from luthier.core.files import TEMPORARY, promote_folder, read_json, write_json
+from luthier.core.run import RunFolder
 from luthier.learn.parallel import Ranks
 from luthier.learn.precision import Weights
 
@@ -106,6 +108,26 @@ def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
     for name, parameter in state.weights.masters.items():
         state.optimizer.state[parameter].update(values["optimizer"][name])
     state.weights.publish()
+
+
+class Cursor(Protocol):
+    """A data order that can be moved to where a state was saved, such as `WindowMixture`."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def resume(
+    state: TrainState, order: Cursor, checkpoints: Path, who: Ranks, run: RunFolder | None, console: Console
+) -> None:
+    """Load the newest training state, if there is one, and forget what was logged after it."""
+    steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.glob("step-????????"))
+    if steps:
+        load_state(state, checkpoints / f"step-{steps[-1]:08d}", who)
+        order.load_state_dict(state.cursor)
+        if who.is_main:
+            console.status(f"resuming at step {state.step}")
+    if run is not None:
+        run.rewind(state.step)
 
 
 def _first_line(error: BaseException) -> str:

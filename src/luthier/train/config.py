@@ -69,6 +69,8 @@ class PretrainConfig:
     """Sequences of one rank in one forward pass; changes speed and memory, not the result."""
     steps: int = 700
     """Optimizer updates."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: the paper's; muon: orthogonal updates for the matrices, which learn more from each token here."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -79,10 +81,8 @@ class PretrainConfig:
     """Learning rate at the end, as a fraction of the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
-    epsilon: float = 1e-8
-    """AdamW's denominator offset."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on every parameter as in the paper."""
+    """Decoupled weight decay, on every parameter as in the paper."""
     grad_clip: float = 1.0
     """Largest L2 norm of the whole gradient; 0 does not clip."""
 
@@ -118,7 +118,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every", "eval_tokens")
-        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "epsilon", "vocab_size")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "vocab_size")
         _check_not_negative(self, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
         _check_not_negative(self, "seed", "context_length")
         _check_fraction(self, "held_out", "final_fraction")

@@ -29,23 +29,25 @@ from luthier.data.mixture import WindowMixture
 from luthier.learn.evaluate import TokenStream, code_length, stream_nll
 from luthier.learn.loop import Job, LoopSettings, train
 from luthier.learn.meters import Meter, peak_flops, prefers_bf16, training_flops_per_token
+from luthier.learn.muon import Muon
 from luthier.learn.objectives import CausalLoss, has_plain_head, is_causal
 from luthier.learn.parallel import Ranks, make_mesh, shard, transformer_blocks
 from luthier.learn.precision import Weights
+from luthier.learn.prepare import check_vocabulary
 from luthier.learn.schedule import learning_rate
-from luthier.learn.state import TrainState, load_state
+from luthier.learn.state import TrainState, resume
 from luthier.llm.local import LocalModel
 from luthier.llm.types import Request
 from luthier.models.initialization import initialize
 from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import sized_config
 from luthier.train.config import PretrainConfig
-from luthier.train.prepare import check_vocabulary
 
 # Tokens up to which plain matrix products are no slower than SDPA in bf16 on a CPU: benchmarks/attention_cpu.py.
 EAGER_LIMIT = 256
 COMPILED_STEPS = 500  # compiling takes about as long as 40 steps and saves a tenth to a fifth of each
 SAMPLE_TOKENS = 48
+EPSILON = 1e-8  # AdamW's denominator offset, the paper's
 GPU_ATTENTION = ("flex_attention", "flash_attention_2")  # on a CPU the one has no backward pass, the other does not run
 
 
@@ -124,8 +126,8 @@ def pretrain(
     objective = _place(model, config, low, who)
     choose_attention(model, config, low, who)
     weights = Weights(objective, low if who.world_size == 1 else None)
-    state = TrainState(weights, _optimizer(weights, config), cursor=mixture.state_dict())
-    _resume(state, mixture, checkpoints, who, run, console)
+    state = TrainState(weights, _optimizer(objective, weights, config), cursor=mixture.state_dict())
+    resume(state, mixture, checkpoints, who, run, console)
     score = partial(evaluate, objective, tokenizer, config=config, who=who)
     job = Job(
         objective=objective,
@@ -162,15 +164,19 @@ def pretrain(
     return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
 
 
-def _optimizer(weights: Weights, config: PretrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        weights.masters.values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def _optimizer(objective: CausalLoss, weights: Weights, config: PretrainConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": EPSILON,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(weights.masters.values(), fused=True, **settings)
+    ends = (objective.model.get_input_embeddings(), objective.model.get_output_embeddings())
+    edges = {id(end.weight) for end in ends if end is not None}
+    outside = {name for name, parameter in objective.named_parameters() if id(parameter) in edges}
+    return Muon(weights.masters, outside, **settings)
 
 
 def _loop_settings(config: PretrainConfig) -> LoopSettings:
@@ -246,25 +252,6 @@ def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | No
     else:
         objective.to(who.device)
     return objective
-
-
-def _resume(
-    state: TrainState,
-    mixture: WindowMixture,
-    checkpoints: Path,
-    who: Ranks,
-    run: RunFolder | None,
-    console: Console,
-) -> None:
-    """Load the newest training state, if there is one, and forget what was logged after it."""
-    steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.glob("step-????????"))
-    if steps:
-        load_state(state, checkpoints / f"step-{steps[-1]:08d}", who)
-        mixture.load_state_dict(state.cursor)
-        if who.is_main:
-            console.status(f"resuming at step {state.step}")
-    if run is not None:
-        run.rewind(state.step)
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.data.shards import TokenShards
 from luthier.data.sources import TextSource, open_source
 from luthier.data.tokenizer import encode_documents, tokenizer_digest
-from luthier.train.prepare import Corpus, check_vocabulary, open_corpus, prepare_text, token_stream
+from luthier.learn.prepare import Corpus, check_vocabulary, open_corpus, prepare_text, token_stream
 
 
 @pytest.fixture
