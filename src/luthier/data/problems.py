@@ -176,7 +176,8 @@ def _draw_operation(rng: random.Random, name: str, values: Mapping[str, int], pr
 def _write(rng: random.Random, program: Program, unused: int) -> tuple[str, ...]:
     """The statements in no order, among up to `unused` operations on names that have no value."""
     free = sorted(set(string.ascii_lowercase) - set(program.values()))
-    names = rng.sample(free, rng.randint(0, min(unused, len(free) - 1)) + 1)
+    count = rng.choice((0, rng.randint(0, min(unused, len(free) - 1))))
+    names = rng.sample(free, count + 1)
     others = [
         f"{left}{rng.choice(OPERATIONS)}{rng.randrange(2, program.modulus)}={right}" for left, right in pairwise(names)
     ]

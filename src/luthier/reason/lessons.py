@@ -56,7 +56,7 @@ class Lessons:
     judge: float = 0.08
     rewrite: float = 0.06
     confidence: float = 0.02
-    drill: float = 0.3
+    drill: float = 0.36
     find: float = 0.2
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
@@ -79,7 +79,7 @@ class Lessons:
 
     def _length(self, rng: random.Random) -> int:
         lengths = range(self.lengths[0], self.lengths[1] + 1)
-        return rng.choices(lengths, [length**-0.5 for length in lengths])[0]
+        return rng.choices(lengths, [1 / length for length in lengths])[0]
 
 
 def line(program: Program, operation: Operation, values: Values) -> str:
