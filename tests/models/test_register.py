@@ -73,3 +73,17 @@ def test_config_only(folder: Path) -> None:
         f"config = AutoConfig.from_pretrained({str(folder)!r})\n"
         "assert type(config).__module__ == 'luthier.models.instella_config', type(config)\n"
     )
+
+
+def test_several_actions_wait_for_one_module() -> None:
+    run(
+        "import sys\n"
+        "from luthier.models.register import run_after_import\n"
+        "assert 'colorsys' not in sys.modules\n"
+        "seen = []\n"
+        "first, second = lambda: seen.append(1), lambda: seen.append(2)\n"
+        "for action in (first, second, first):\n"
+        "    run_after_import('colorsys', action)\n"
+        "import colorsys\n"
+        "assert seen == [1, 2], seen\n"
+    )

@@ -38,11 +38,57 @@ VERBS = {
         "torch",
         stage=True,
     ),
+    "train-eem": Verb(
+        "train a model that measures the entropy of text, every bit charged",
+        "luthier.cli.train_eem",
+        "luthier.entropy.config:TrainEemConfig",
+        "torch",
+        stage=True,
+    ),
+    "train-codec": Verb(
+        "train the byte-level network of the compressor, and write it in integers",
+        "luthier.cli.train_codec",
+        "luthier.entropy.codec.byte_config:TrainCodecConfig",
+        "torch",
+        stage=True,
+    ),
     "eval": Verb(
         "bits per byte of a model on any text, or the problems it solves",
         "luthier.cli.eval",
         "luthier.cli.eval:EvalConfig",
         stage=True,
+    ),
+    "estimate": Verb(
+        "how many bits a text holds at most, everything charged, beside compressors",
+        "luthier.cli.estimate",
+        "luthier.cli.estimate:EstimateConfig",
+        "torch",
+        stage=True,
+    ),
+    "tokens": Verb(
+        "what each token of a text costs, as a heat map",
+        "luthier.cli.tokens",
+        "luthier.cli.tokens:TokensConfig",
+        "torch",
+    ),
+    "targets": Verb(
+        "what each token costs a model that has not seen its document, for training that stops there",
+        "luthier.cli.targets",
+        "luthier.cli.targets:TargetsConfig",
+        "torch",
+        stage=True,
+    ),
+    "compress": Verb(
+        "make files smaller, losslessly",
+        "luthier.cli.compress",
+        "luthier.cli.compress:CompressConfig",
+    ),
+    "decompress": Verb(
+        "restore what compress made", "luthier.cli.decompress", "luthier.cli.decompress:DecompressConfig"
+    ),
+    "verify": Verb("check compressed files", "luthier.cli.verify", "luthier.cli.verify:VerifyConfig"),
+    "info": Verb(
+        "what a compressed file holds, without decoding it", "luthier.cli.info", "luthier.cli.info:InfoConfig"
     ),
     "quantize": Verb(
         "make a model's weights a few bits each, by scaled pairwise rotation",

@@ -44,10 +44,12 @@ def load_pretrained(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     attention: str | None = None,
+    auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub id, in evaluation mode.
 
-    `dtype` "auto" keeps the stored one; `attention` is a transformers attention implementation such as "sdpa".
+    `dtype` "auto" keeps the stored one; `attention` is a transformers attention implementation such as "sdpa". `auto`
+    is the Auto class to load with, for models that are no causal language models.
     CheckpointError when the folder is missing or damaged, or when any tensor is missing, unexpected or mis-shaped.
     """
     register_config()
@@ -56,7 +58,7 @@ def load_pretrained(
         check_weight_files(local)
     try:
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 str(source),
                 dtype=dtype,
                 attn_implementation=attention,
@@ -68,7 +70,7 @@ def load_pretrained(
     except UNLOADABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"{source}: cannot be loaded as a causal language model ({reason})",
+            f"{source}: cannot be loaded as a {_kind(auto)} ({reason})",
             hint="give a Hugging Face model folder with config.json and safetensors weights, or a hub id",
         ) from error
     model, report = loaded
@@ -79,6 +81,10 @@ def load_pretrained(
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.postprocess_model(model)  # kernels are made for a device
     return model
+
+
+def _kind(auto: Any) -> str:
+    return "causal language model" if auto is AutoModelForCausalLM else "model"
 
 
 def check_weight_files(folder: Path) -> None:
@@ -167,7 +173,7 @@ def shorten(names: list[str]) -> str:
 
 def _name_end_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Give the saved generation settings the tokenizer's special tokens where they have none: generation must stop."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)  # absent where a model cannot generate
     if tokenizer is None or settings is None:
         return
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -1,20 +1,13 @@
-"""The rotation of a few rows on a CPU, in C: compiled by the machine's own compiler at first use, and kept.
+"""The rotation of a few rows on a CPU, in C (core/native.py compiles it).
 
 Decoding rotates one row for every matrix, where the calls of K rounds of tensor operations would cost more than the
 arithmetic, and dense matrices more bytes than the weights. Where there is no compiler, the caller uses the dense form.
-`LUTHIER_NATIVE=0` turns it off.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.core.native import load_library
 from luthier.quantize.weights import QuantizedWeight
 
 SOURCE = Path(__file__).with_name("rotate.c")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 NAMES = {torch.bfloat16: "rotate_bf16", torch.float32: "rotate_fp32"}
 MAX_GROUP = 256
 
@@ -78,42 +71,10 @@ def rotate(x: Tensor, tables: Tables) -> Tensor:
 @functools.cache
 def load() -> Native:
     """Compile once per machine and version of the source, or say why not."""
-    if os.environ.get("LUTHIER_NATIVE", "1") == "0":
-        return Native({}, "turned off by LUTHIER_NATIVE=0")
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return Native({}, "no C compiler found")
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        return Native({}, f"the C compiler failed ({' '.join(str(error).split())[:120]})")
+    library, reason = load_library(SOURCE)
     functions: dict[torch.dtype, Any] = {}
-    for dtype, name in NAMES.items():
+    for dtype, name in NAMES.items() if library is not None else ():
         functions[dtype] = getattr(library, name)
         functions[dtype].argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
         functions[dtype].restype = None
-    return Native(functions, f"compiled by {Path(compiler).name}")
-
-
-def _compiled(compiler: str) -> Path:
-    """The shared library in the user's cache, named after all that it depends on."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode()).hexdigest()[:16]
-    target = cache / f"rotate-{key}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = Path(scratch) / "rotate.so"
-            command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            built.replace(target)
-    return target
-
-
-def _processor() -> str:
-    """What `-march=native` means here; homes are shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.platform()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return Native(functions, reason)
