@@ -6,7 +6,7 @@
 Every size is that of a whole file, headers and checksums included. Speeds are per second of processor time, all
 threads added, which a busy machine disturbs least. Ours is timed in this process without its check
 (--verify); a second row gives the time with it. The others run in this process (gzip, bzip2, xz, zstd, PPMd: the
-best of orders 5, 6 and 8, timed at order 6) or as a program (zpaq -m5 on one thread, its start included). PPMd needs
+best of orders 5 and 6, timed at order 6) or as a program (zpaq -m5 on one thread, its start included). PPMd needs
 `pip install pyppmd`; what is not installed is left out, and said.
 """
 
@@ -36,7 +36,7 @@ from luthier.core.errors import DataError
 from luthier.entropy.codec.container import compress, decompress
 from luthier.entropy.codec.frames import Network
 
-PPMD_ORDERS = (6, 5, 8)  # the first is timed
+PPMD_ORDERS = (6, 5)  # the first is timed; what pyppmd 1.3 packs with order 8 it cannot unpack
 PPMD_MEMORY = 256 << 20
 
 

@@ -134,7 +134,8 @@ class Usage:
     """Calls whose server told no token counts: with these the token totals are lower bounds."""
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Usage)})
+        theirs = vars(other)
+        return Usage(**{name: value + theirs[name] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)

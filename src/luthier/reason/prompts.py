@@ -49,12 +49,15 @@ class Prompts:
 
     def fill(self, text: str, **values: str) -> str:
         """One template with its values. Raises: ConfigError when this set lacks it."""
+        return self._template(text).format(**values)
+
+    def _template(self, text: str) -> str:
         if text not in self.texts:
             raise ConfigError(
                 f"the prompt set {self.name!r} has no wording for {text!r}",
                 hint="use prompts=full, or a method that does not need it",
             )
-        return self.texts[text].format(**values)
+        return self.texts[text]
 
     def solve(self, question: str) -> list[Message]:
         """Think step by step, then answer."""
@@ -79,8 +82,10 @@ class Prompts:
 
     def steps(self, steps: Sequence[Step]) -> str:
         """Steps as text, numbered from 1."""
-        pairs = enumerate(steps, 1)
-        return "\n".join(self.fill("pair", n=str(n), question=s.question, answer=s.answer) for n, s in pairs)
+        pair = self._template("pair")
+        return "\n".join(
+            pair.format(n=n, question=step.question, answer=step.answer) for n, step in enumerate(steps, 1)
+        )
 
     def confidence(self, answer: str, references: Sequence[str]) -> list[Message]:
         """Score 0 to 5 how well an answer matches references; nothing is said of the question."""

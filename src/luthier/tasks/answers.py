@@ -6,6 +6,7 @@ right where 0 is the answer and `$70$` wrong where 70 is.)
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 
@@ -101,8 +102,11 @@ def number(answer: str) -> Fraction | None:
 
     A per cent sign is a unit here: 5% is 5. None for everything else.
     """
-    if len(answer) > LONGEST_NUMBER:
-        return None
+    return None if len(answer) > LONGEST_NUMBER else _number(answer)
+
+
+@functools.lru_cache(maxsize=4096)  # the votes of a step are often the same few answers
+def _number(answer: str) -> Fraction | None:
     text = _NAME.sub("", strip_wrapping(answer), count=1)
     text = strip_wrapping(_UNIT.sub("", text)).removeprefix("$").strip()
     try:
