@@ -1,4 +1,4 @@
-"""`luthier compress FILE…`: lossless, smaller than PPMd and zpaq on English, and slower than zstd by far."""
+"""`luthier compress FILE…`: lossless; on English smaller than PPMd and about as small as zpaq, but slow."""
 
 from __future__ import annotations
 

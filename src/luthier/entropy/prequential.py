@@ -165,4 +165,3 @@ class _Steps:
                 parameter.grad /= count
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
         self.optimizer.step()
-        self.objective.eval()

@@ -121,7 +121,7 @@ def train_eem(
         run=run,
         evaluate=lambda: metrics(_evaluate(model, held_out.head(config.eval_segments), config)),
     )
-    finished = train(job, _loop_settings(config), who, console)
+    finished = train(job, LoopSettings.of(config), who, console)
     weights.restore()
     return TrainedEem(finished, model.eval(), _evaluate(model, held_out, config) if finished else None, state)
 
@@ -172,19 +172,6 @@ def _optimizer(weights: Weights, config: TrainEemConfig) -> torch.optim.Optimize
         eps=EPSILON,
         weight_decay=config.weight_decay,
         fused=True,
-    )
-
-
-def _loop_settings(config: TrainEemConfig) -> LoopSettings:
-    return LoopSettings(
-        steps=config.steps,
-        micro_batch_size=config.micro_batch_size,
-        grad_clip=config.grad_clip,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-        eval_every=config.eval_every,
-        stop_after=config.stop_after,
     )
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class LoopSettings:
     """Steps between evaluations, each followed by samples."""
     stop_after: int = 0
     """Save and stop after this many steps of this process, as if interrupted."""
+
+    @classmethod
+    def of(cls, config: object) -> LoopSettings:
+        """The settings of a verb that trains: its fields have the same names."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(kw_only=True)

@@ -156,7 +156,7 @@ def pretrain(
     )
     if who.world_size > 1 and config.sample_prompts:
         console.status("samples: none on the way, because the model is sharded; `luthier chat` draws them afterwards")
-    finished = train(job, _loop_settings(config), who, console)
+    finished = train(job, LoopSettings.of(config), who, console)
     weights.restore()
     if config.attention == "flash_attention_2":
         model.set_attn_implementation("sdpa")  # it takes no fp32, and the masters are fp32
@@ -177,19 +177,6 @@ def _optimizer(objective: CausalLoss, weights: Weights, config: PretrainConfig) 
     edges = {id(end.weight) for end in ends if end is not None}
     outside = {name for name, parameter in objective.named_parameters() if id(parameter) in edges}
     return Muon(weights.masters, outside, **settings)
-
-
-def _loop_settings(config: PretrainConfig) -> LoopSettings:
-    return LoopSettings(
-        steps=config.steps,
-        micro_batch_size=config.micro_batch_size,
-        grad_clip=config.grad_clip,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-        eval_every=config.eval_every,
-        stop_after=config.stop_after,
-    )
 
 
 def _low_precision(config: PretrainConfig, who: Ranks, console: Console) -> torch.dtype | None:

@@ -120,7 +120,7 @@ def train_codec(
         run=run,
         evaluate=lambda: {"bits_per_byte": float_bits(model, text)},
     )
-    if not train(job, _loop_settings(config), who, console):
+    if not train(job, LoopSettings.of(config), who, console):
         return TrainedNetwork(model, state, None, None)
     sample = np.concatenate([training_batch(mixture, config, step)["input_ids"] for step in range(SAMPLE_BATCHES)])
     integers = quantize(model.cpu(), as_bytes(torch.from_numpy(sample)), provenance)
@@ -198,16 +198,3 @@ def integer_bits(network: IntegerNetwork, text: NDArray[np.uint8]) -> float:
         bits -= float(np.log2(counts[every, column] / counts.sum(1, dtype=np.float64)).sum())
         network.advance(state, np.ascontiguousarray(column))
     return bits / text.size
-
-
-def _loop_settings(config: TrainCodecConfig) -> LoopSettings:
-    return LoopSettings(
-        steps=config.steps,
-        micro_batch_size=config.micro_batch_size,
-        grad_clip=config.grad_clip,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-        eval_every=config.eval_every,
-        stop_after=config.stop_after,
-    )
