@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from luthier.quantize.checkpoint import TensorFiles
+    from luthier.models.tensor_files import TensorFiles
 
 QUANT_METHOD = "paroquant"
 
@@ -78,7 +78,8 @@ class ParoQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        from luthier.quantize.checkpoint import TensorFiles, owner
+        from luthier.models.tensor_files import TensorFiles
+        from luthier.quantize.checkpoint import owner
 
         tensors = TensorFiles(checkpoint_files or ())
         owners = (owner(name, tensors) for name in tensors)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from luthier.core.files import read_json
+from luthier.models.tensor_files import TensorFiles
 from luthier.quantize import older_layouts
-from luthier.quantize.checkpoint import QuantizedFolder, TensorFiles, owner, read_quantized
+from luthier.quantize.checkpoint import QuantizedFolder, owner, read_quantized
 from luthier.quantize.packing import unpack
 from luthier.quantize.tensors import TRANSFORM, is_experts
 
