@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from luthier.core.stats import Interval, bootstrap_ratio
 from luthier.learn.objectives import IGNORED, CausalLoss
 from luthier.learn.parallel import Ranks
+from luthier.learn.sequence_parallel import own_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ def stream_nll(
 
     Windows of `context` tokens advance by `stride`; after the first window only the last `stride` tokens of each are
     scored, so that each sees at least `context - stride` tokens before it. With `document_starts` (D,), tokens see
-    those of their own document only, as in training with document masks. Ranks share the windows.
+    those of their own document only, as in training with document masks. Ranks share the windows, and the tokens of
+    each window where they compute it together.
     """
     n = len(tokens)
     inputs = np.concatenate([[start_token], tokens[:-1]])
@@ -67,27 +70,33 @@ def stream_nll(
     result = torch.zeros(n, dtype=torch.float64, device=who.device)
     was_training = objective.training
     objective.eval()
-    for first in range(0, len(starts), batch_size * who.world_size):
+    for first in range(0, len(starts), batch_size * who.data_size):
         # Every rank passes a whole batch each time, short ones filled up: sharded models need all ranks in step.
         batch = {
             "input_ids": np.full((batch_size, context), start_token),
             "targets": np.full((batch_size, context), IGNORED),
             **({} if documents is None else {"document_ids": np.full((batch_size, context), -1)}),
         }
-        mine = starts[first + who.rank * batch_size :][:batch_size]
+        mine = starts[first + who.data_rank * batch_size :][:batch_size]
         for row, start in enumerate(mine):
             length, seen = min(context, n - start), context - stride if start else 0
             batch["input_ids"][row, :length] = inputs[start : start + length]
             batch["targets"][row, seen:length] = tokens[start + seen : start + length]
             if documents is not None:
                 batch["document_ids"][row, :length] = documents[start : start + length]
-        on_device = {name: torch.as_tensor(array, device=who.device) for name, array in batch.items()}
-        nll = objective(**on_device, per_token=True).double()
+        own = {name: torch.as_tensor(part, device=who.device) for name, part in own_tokens(batch, who).items()}
+        nll = _whole_rows(objective(**own, per_token=True).double(), who)
         for row, start in enumerate(mine):
             length, seen = min(context, n - start), context - stride if start else 0
             result[start + seen : start + length] = nll[row, seen:length]
     objective.train(was_training)
     return who.sum_tensor(result).cpu().numpy()
+
+
+def _whole_rows(nll: torch.Tensor, who: Ranks) -> torch.Tensor:
+    """Losses of this rank's part of each row (B, T/p) at their places in the row (B, T), and 0 elsewhere."""
+    before, size = who.sequence_rank, nll.shape[1]
+    return nn.functional.pad(nll, (before * size, (who.sequence_parallel - 1 - before) * size))
 
 
 def code_length(stream: TokenStream, nats: NDArray[np.float64]) -> dict[str, Any]:

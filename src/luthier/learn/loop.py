@@ -28,6 +28,7 @@ from luthier.core.seeds import derive_seed
 from luthier.learn.meters import Meter
 from luthier.learn.objectives import IGNORED
 from luthier.learn.parallel import Ranks
+from luthier.learn.sequence_parallel import own_tokens
 from luthier.learn.state import TrainState, save_state
 
 
@@ -61,7 +62,8 @@ class Job:
     objective: torch.nn.Module
     state: TrainState
     batch_at: Callable[[int], Mapping[str, NDArray[Any]]]
-    """Step -> this rank's share: input_ids and targets (sequences, T), and what else the objective takes by row."""
+    """Step -> the rows that this rank works on (`Ranks.data_rank` says which): input_ids and targets (sequences, T), and
+    what else the objective takes by row. Of each row, ranks that share it take their part in turn."""
     learning_rate: Callable[[int], float]
     seed: int
     """Decides the dropout of each step, in models that have any."""
@@ -101,7 +103,7 @@ def _step(job: Job, settings: LoopSettings, who: Ranks, stop: threading.Event) -
     torch.manual_seed(derive_seed(job.seed, "step", state.step, who.rank))
     batch = {
         name: torch.from_numpy(array).to(who.device, non_blocking=True)
-        for name, array in job.batch_at(state.step).items()
+        for name, array in own_tokens(job.batch_at(state.step), who).items()
     }
     own_targets = int((batch["targets"] != IGNORED).sum())
     targets, stop_votes = who.sum([own_targets, float(stop.is_set())])

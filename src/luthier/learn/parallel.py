@@ -27,10 +27,34 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sequence_parallel: int = 1
+    """Ranks that compute each row together, T/p tokens each; neighbors form a group, and groups share the rows."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel < 1 or self.world_size % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel: got {self.sequence_parallel}, which does not divide the {self.world_size} ranks",
+                hint="start a multiple of it with torchrun --nproc-per-node, or use 1",
+            )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows this process reads, of `data_size`."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Shares into which the rows of a batch are divided."""
+        return self.world_size // self.sequence_parallel
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which of the `sequence_parallel` parts of each row it computes."""
+        return self.rank % self.sequence_parallel
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in fp64."""
