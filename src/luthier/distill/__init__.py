@@ -1,0 +1,14 @@
+"""Adversarial on-policy distillation from a black-box teacher (GAD), arXiv 2511.10643.
+
+A student learns from a teacher's texts alone: a discriminator, trained along with it, rewards what could be theirs.
+
+Files in reading order:
+
+- `teacher.py`          collecting the teacher's replies, once
+- `caps.py`             what that may cost
+- `bracket_teacher.py`  a teacher whose every probability is known
+- `metrics.py`          how far a student is from its teacher, with lengths matched
+- `baselines.py`        what GAD has to beat: length alone, n-grams, best of N, a lower temperature
+- `prompts.py`          what a judge is told
+- `judge.py`            two replies compared by a third model
+"""
