@@ -116,6 +116,12 @@ VERBS = {
         "luthier.cli.problems:ProblemsConfig",
         stage=True,
     ),
+    "word-problems": Verb(
+        "make stories and verified word problems: the data of a small model's whole life",
+        "luthier.cli.word_problems",
+        "luthier.cli.word_problems:WordProblemsConfig",
+        stage=True,
+    ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
     "serve": Verb("an OpenAI-compatible server that reasons", "luthier.cli.serve", "luthier.cli.serve:ServeConfig"),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),

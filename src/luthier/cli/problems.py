@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
-from luthier.core.files import atomic_folder, atomic_write, sha256_bytes
+from luthier.core.files import atomic_folder, write_jsonl
 from luthier.core.run import RunFolder
 from luthier.core.seeds import derive_seed
 from luthier.data.problems import Form, Split, draw_program, problem_row
@@ -78,12 +77,12 @@ def run(config: ProblemsConfig, console: Console) -> None:
                 rows.append(row)
                 if len(rows) % 1000 == 0:
                     advance(1000)
-        written = {"lessons.jsonl": _write(folder.path / "lessons.jsonl", rows)}
+        written = {"lessons.jsonl": write_jsonl(folder.path / "lessons.jsonl", rows)}
         splits: list[Split] = ["test", "held-out"] if config.share else ["test"]
         for split in splits:
             for length in config.test_lengths:
                 name = f"{split}-{length}.jsonl"
-                written[name] = _write(folder.path / name, _problems(config, split, length))
+                written[name] = write_jsonl(folder.path / name, _problems(config, split, length))
         if rows:
             _write_tokenizer(folder.path / "tokenizer", rows)
         table: dict[str, Any] = {
@@ -118,13 +117,6 @@ def _problems(config: ProblemsConfig, split: Split, length: int) -> Iterator[Map
             yield problem_row(program, f"{length}-{len(seen)}", split)
         if number > 100 * config.test + 100:
             raise ConfigError(f"there are not {config.test} problems of length {length}", hint="ask for fewer")
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    content = "".join(lines)
-    atomic_write(path, content)
-    return len(lines), sha256_bytes(content.encode())
 
 
 def _write_tokenizer(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,6 +120,14 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
+    """Write one JSON object per line, atomically; returns the number of rows and the SHA-256 of the file."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    content = "".join(lines).encode()
+    atomic_write(path, content)
+    return len(lines), sha256_bytes(content)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:

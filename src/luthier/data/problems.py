@@ -95,9 +95,10 @@ class Program:
             yield operation.sign, *self.operands(operation, values)
 
 
-def calculate(sign: str, left: int, right: int, modulus: int) -> int:
-    """left `sign` right, modulo `modulus`."""
-    return {"+": left + right, "-": left - right, "*": left * right}[sign] % modulus
+def calculate(sign: str, left: int, right: int, modulus: int | None = None) -> int:
+    """left `sign` right, modulo `modulus` if there is one."""
+    value = {"+": left + right, "-": left - right, "*": left * right}[sign]
+    return value if modulus is None else value % modulus
 
 
 def is_held_out(triple: tuple[str, int, int], share: float) -> bool:
@@ -108,8 +109,12 @@ def is_held_out(triple: tuple[str, int, int], share: float) -> bool:
     sign, *operands = triple
     if sign in "+*":
         operands.sort()
-    digest = hashlib.sha256(repr((sign, *operands)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < share
+    return hash_fraction(repr((sign, *operands))) < share
+
+
+def hash_fraction(text: str) -> float:
+    """A number from 0 to less than 1 that is decided by the text alone: what is below a share is on one side of it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 
 def draw_program(
@@ -137,17 +142,11 @@ def draw_program(
         rng = random.Random(derive_seed(seed, "program", split, length, attempt))
         program = _draw(rng, length, modulus, form)
         held = any(is_held_out(triple, share) for triple in program.triples())
-        if held == (split == "held-out") and (_side(program) < 0.9) == (split == "train"):
+        if held == (split == "held-out") and (hash_fraction(program.question) < 0.9) == (split == "train"):
             return replace(program, written=_write(rng, program, unused)) if shuffled or unused else program
     raise ConfigError(
         f"no problem of {length} operations fits the split {split!r}", hint="change the share of what is held out"
     )
-
-
-def _side(program: Program) -> float:
-    """Which side a problem is on: below 0.9 it is for training. Decided by its text alone."""
-    digest = hashlib.sha256(program.question.encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def _draw(rng: random.Random, length: int, modulus: int, form: Form) -> Program:
