@@ -32,10 +32,31 @@ class Verb(NamedTuple):
 VERBS = {
     "tour": Verb("a model's whole life in minutes, on this machine", "luthier.cli.tour", "luthier.cli.tour:TourConfig"),
     "pretrain": Verb(
-        "train a model from random weights",
+        "train a model from random weights, or go on from an earlier run",
         "luthier.cli.pretrain",
         "luthier.train.config:PretrainConfig",
         "torch",
+        stage=True,
+    ),
+    "soup": Verb(
+        "average the weights of models that were trained from one start",
+        "luthier.cli.soup",
+        "luthier.train.soup_config:SoupConfig",
+        "torch",
+        stage=True,
+    ),
+    "extend": Verb(
+        "train an Instella to use a longer context",
+        "luthier.cli.extend",
+        "luthier.train.extend_config:ExtendConfig",
+        "torch",
+        stage=True,
+    ),
+    "sft": Verb(
+        "fine-tune a model on conversations",
+        "luthier.cli.sft",
+        "luthier.train.tuning_configs:SftConfig",
+        "train",
         stage=True,
     ),
     "train-eem": Verb(
@@ -120,6 +141,18 @@ VERBS = {
         "make stories and verified word problems: the data of a small model's whole life",
         "luthier.cli.word_problems",
         "luthier.cli.word_problems:WordProblemsConfig",
+        stage=True,
+    ),
+    "long-data": Verb(
+        "make long documents with facts to look up, or with questions that a model writes",
+        "luthier.cli.long_data",
+        "luthier.cli.long_data:LongDataConfig",
+        stage=True,
+    ),
+    "collect": Verb(
+        "ask a teacher for replies to a file of prompts, once and within a budget",
+        "luthier.cli.collect",
+        "luthier.cli.collect:CollectConfig",
         stage=True,
     ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),

@@ -85,7 +85,7 @@ def open_source(spec: str) -> TextSource:
             return TextSource(spec, conversations, conversations=True)
         documents = _read_file(path)
     elif HUB_ID.fullmatch(spec) and not path.parent.exists() and path.suffix not in (*READERS, ".txt", ".md"):
-        documents = _read_hub(spec)
+        documents = [check_row(row, "text", f"{spec} row {n}")["text"] for n, row in enumerate(load_hub(spec), 1)]
     else:
         raise missing_path(path, NAMED)
     return _make_source(spec, documents, note)
@@ -138,17 +138,18 @@ def _read_folder(folder: Path) -> tuple[list[str], str]:
     return documents, f"{binary} binary file{'s' * (binary > 1)} left out" if binary else ""
 
 
-def _read_hub(spec: str) -> list[str]:
+def load_hub(spec: str) -> Sequence[dict[str, object]]:
+    """The rows of a hub dataset, `owner/name` or `owner/name:split`. Raises: DataError."""
     name, _, split_name = spec.partition(":")
     datasets = require("datasets", "train")
     try:
-        rows = datasets.load_dataset(name, split=split_name or "train")
+        rows: Sequence[dict[str, object]] = datasets.load_dataset(name, split=split_name or "train")
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean that there is no dataset
         raise DataError(
             f"{spec}: neither a path here nor a dataset that could be loaded ({type(error).__name__}: {error})",
             hint="check the spelling and the network, or give a local file; a split is named as owner/name:split",
         ) from error
-    return [check_row(row, "text", f"{spec} row {number}")["text"] for number, row in enumerate(rows, 1)]
+    return rows
 
 
 def split(source: TextSource, held_out: float = 0.1, seed: int = 0) -> tuple[TextSource, TextSource]:

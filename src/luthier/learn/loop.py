@@ -81,7 +81,7 @@ class Diverged(UserError):
 def train(job: Job, settings: LoopSettings, who: Ranks, console: Console) -> bool:
     """Run until `settings.steps`; True when finished, False when stopped early with the state saved."""
     state, started = job.state, job.state.step
-    with _stop_requests() as stop, console.progress(settings.steps, "training", done=state.step) as advance:
+    with stop_requests() as stop, console.progress(settings.steps, "training", done=state.step) as advance:
         _look_again(job, settings, who)
         while state.step < settings.steps:
             row = _step(job, settings, who, stop)
@@ -189,7 +189,7 @@ def _look_again(job: Job, settings: LoopSettings, who: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set. A SIGINT after that interrupts at once; launchers repeat SIGTERM."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -29,6 +29,7 @@ from luthier.core.seeds import derive_seed
 from luthier.data.chat import CHAT_TEMPLATE, encode_chat
 from luthier.data.files import PIECE_BYTES, cut_paragraphs
 from luthier.data.formats import READERS, detect_kind, read_rows
+from luthier.data.row_source import conversation
 from luthier.data.shards import TokenShards
 from luthier.data.sources import TextSource, open_source
 from luthier.data.tokenizer import decode_text, encode_documents, num_ids
@@ -138,7 +139,7 @@ def open_calibration(spec: str, tokenizer: PreTrainedTokenizerFast) -> Calibrati
     if kind == "messages":
         return from_conversations(spec, [row["messages"] for row in rows], tokenizer)
     if any(not isinstance(row["prompt"], str) or not isinstance(row["completion"], str) for row in rows):
-        return from_conversations(spec, [_turns(row) for row in rows], tokenizer)
+        return from_conversations(spec, [conversation(row) for row in rows], tokenizer)
     return from_source(TextSource(spec, tuple(row["prompt"] + row["completion"] for row in rows)), tokenizer)
 
 
@@ -260,16 +261,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[
     named = getattr(model.generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
-    """A prompt and its completion, either of which may be a string, as one conversation."""
-    sides = (("user", row["prompt"]), ("assistant", row["completion"]))
-    return [
-        message
-        for role, side in sides
-        for message in ([{"role": role, "content": side}] if isinstance(side, str) else side)
-    ]
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: Any, name: str) -> list[int]:
