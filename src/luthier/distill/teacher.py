@@ -137,7 +137,7 @@ def split_of(name: str, shares: tuple[float, float]) -> str:
 
 
 class ReplyFolder:
-    """All samples that a folder holds: kept ones in replies.jsonl, dropped ones in dropped.jsonl, by their key."""
+    """All samples in a folder that exists: kept ones in replies.jsonl, dropped ones in dropped.jsonl, by their key."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,9 +199,12 @@ async def collect(
     wanted = len(prompts) * sampling.samples
     advance(wanted - sum(task.request.n for task in tasks))
     work = _Work(backend, model, replies, ledger, iter(tasks), advance)
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(at_once, len(tasks))):
-            group.create_task(work.run())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(at_once, len(tasks))):
+                group.create_task(work.run())
+    except ExceptionGroup as failures:  # of several workers, for one reason
+        raise failures.exceptions[0] from failures
     result = work.result
     for prompt in prompts:
         for key in _keys(model, prompt, sampling).values():
