@@ -302,4 +302,7 @@ SHORT = Prompts(
     },
 )
 
-PROMPTS = {prompts.name: prompts for prompts in (FULL, SHORT)}
+PLAIN = Prompts("plain", {"solve": "{question}"})
+"""The question as it stands, for models that were fine-tuned on questions: chains of thought and votes only."""
+
+PROMPTS = {prompts.name: prompts for prompts in (FULL, SHORT, PLAIN)}
