@@ -35,8 +35,9 @@ class ReasonConfig:
     """luthier, or paper: the published algorithm with the round count of the published code."""
     method: Method = "ssr"
     """ssr is ssr-lin: what we recommend."""
-    prompts: Literal["full", "short", "plain"] = "full"
-    """Wording: full for general models, short for small ones that were taught it, plain for the bare question."""
+    prompts: Literal["full", "short", "plain", "text"] = "full"
+    """Wording: full for general models, short for small ones that were taught it; plain: the bare question; text: the same
+    without a chat template, for base models."""
     rounds: int = 3
     """R: refinements (SSR, Self-Refine), rounds of debate, contractions (Atom of Thoughts)."""
     samples: int = 5

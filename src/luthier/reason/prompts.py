@@ -46,6 +46,8 @@ class Prompts:
 
     name: str
     texts: Mapping[str, str]
+    raw: bool = False
+    """Text to continue without a chat template, as base models expect it."""
 
     def fill(self, text: str, **values: str) -> str:
         """One template with its values. Raises: ConfigError when this set lacks it."""
@@ -305,4 +307,7 @@ SHORT = Prompts(
 PLAIN = Prompts("plain", {"solve": "{question}"})
 """The question as it stands, for models that were fine-tuned on questions: chains of thought and votes only."""
 
-PROMPTS = {prompts.name: prompts for prompts in (FULL, SHORT, PLAIN)}
+TEXT = Prompts("text", {"solve": "{question}\n"}, raw=True)
+"""The same for base models, which go on in the next line."""
+
+PROMPTS = {prompts.name: prompts for prompts in (FULL, SHORT, PLAIN, TEXT)}

@@ -172,8 +172,10 @@ class Session:
         """
         backend = self._models.of(role)
         whole = list(messages) if alone else [*self._context, *messages]
+        raw = self.prompts.raw
         request = Request(
-            messages=whole,
+            messages=() if raw else whole,
+            prompt="".join(message["content"] for message in whole) if raw else None,
             n=n,
             first_sample=first_sample,
             temperature=self.config.temperature if temperature is None else temperature,
