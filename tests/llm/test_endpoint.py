@@ -435,6 +435,16 @@ def test_score_without_echo_is_an_error() -> None:
         ignores.run(lambda endpoint: endpoint.score("Hello", " world"))
 
 
+@pytest.mark.parametrize(("best", "greedy"), [(" wor", True), (" x", False)])
+def test_score_tells_whether_its_tokens_are_the_likeliest(best: str, greedy: bool) -> None:
+    reply = echo(["Hello", " wor", "ld"], [None, -1.0, -0.5], 0)
+    reply["choices"][0]["logprobs"]["top_logprobs"] = [None, {" wor": -1.0, best: -0.9}, {"ld": -0.5}]
+    score = FakeServer(lambda body: reply).run(lambda endpoint: endpoint.score("Hello", " world"))
+    assert score.greedy is greedy
+    without = FakeServer(lambda body: echo(["Hello", " world"], [None, -1.0], 0))
+    assert without.run(lambda endpoint: endpoint.score("Hello", " world")).greedy is None
+
+
 # --- streams -------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ def test_completion_and_score_survive_json() -> None:
         text="é", finish_reason="length", index=3, logprobs=(token,), usage=Usage(prompt_tokens=2, calls=1)
     )
     assert Completion.from_json(json.loads(json.dumps(completion.to_json()))) == completion
-    score = Score(tokens=(token, token))
+    score = Score(tokens=(token, token), greedy=True)
     assert Score.from_json(json.loads(json.dumps(score.to_json()))) == score
     assert score.logprob == -0.5
 

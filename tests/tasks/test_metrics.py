@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from luthier.core.stats import mcnemar
+from luthier.core.stats import mcnemar, wilson
 from luthier.tasks.grading import Grader
-from luthier.tasks.metrics import accuracy, auroc, flips, majority_at_k, pass_at_k, reliability
+from luthier.tasks.metrics import accuracy, auroc, flips, majority_at_k, pass_at_k, pass_at_k_over, reliability
 from luthier.tasks.task import Problem
 
 
@@ -64,3 +64,19 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert result.p == pytest.approx(0.109375)  # 2 * P(X <= 2), X ~ Binomial(10, 1/2)
     assert mcnemar(first, first).p == 1.0
     assert mcnemar(second, first).p == result.p
+
+
+def test_pass_at_k_over_problems_is_their_mean() -> None:
+    found = pass_at_k_over([8, 0, 2, 4], 8, 2)
+    by_hand = [1.0, 0.0, 1 - (6 * 5) / (8 * 7), 1 - (4 * 3) / (8 * 7)]  # two draws without replacement, both wrong
+    assert found.value == pytest.approx(sum(by_hand) / 4)
+    assert (found.n, found.low <= found.value <= found.high) == (4, True)
+    assert pass_at_k_over([8, 0, 2, 4], 8, 1).value == pytest.approx(14 / 32)
+    assert pass_at_k_over([8, 0, 2, 4], 8, 8).value == 0.75
+
+
+def test_pass_at_k_of_problems_solved_never_or_always_has_a_width() -> None:
+    assert pass_at_k_over([0] * 20, 4, 2) == wilson(0, 20)
+    assert pass_at_k_over([4] * 20, 4, 2) == wilson(20, 20)
+    alike = pass_at_k_over([4] * 10 + [0] * 10, 4, 1)  # four equal samples tell no more than one
+    assert (alike.low, alike.high) == pytest.approx(wilson(10, 20)[1:3], abs=0.05)

@@ -1,4 +1,4 @@
-"""`luthier eval`: how well a model predicts a text, or how many problems it solves and at what price."""
+"""`luthier eval`: how well a model predicts a text, which text it finds likelier, or what it solves at what price."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from luthier.core.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure how many bits a model needs for a text; with --tasks, how many problems it solves by which method."""
+    """Measure how many bits a model needs for a text; with --tasks, how many problems it solves by which method, or
+    how often it finds the right text the likeliest."""
 
     model: tyro.conf.Positional[str]
     """Model folder or hub id."""
@@ -30,7 +31,9 @@ class EvalConfig:
     compressors: bool = True
     """Also compress the text with gzip, bzip2, xz and zstd."""
     tasks: tuple[str, ...] = ()
-    """Problems to solve instead: mini-sudoku, zebra, gsm8k:FILE, math:FILE, aime:FILE, or FILE (prompt, answer)."""
+    """What to measure instead. Problems to solve: mini-sudoku, zebra, gsm8k:FILE, math:FILE, aime:FILE, or FILE
+    (prompt, answer). Texts to score: cloze, word-order, last-word, one of these with a corpus (cloze:book.txt), or
+    FILE (context, choices, label; context, target; good, bad)."""
     method: tuple[str, ...] = ("cot",)
     """How to solve them, one or more: cot, maj@16, ssr, ssr-plan:rounds=5, ssr-lin:preset=paper, ..."""
     endpoint: str | None = None
@@ -41,8 +44,16 @@ class EvalConfig:
     """YAML file with dollars per million tokens, by model: NAME: {input: 0.05, output: 0.2}."""
     equal_to: str = ""
     """Add a majority vote that generates as many tokens as this method does."""
+    shots: int = 0
+    """Solved examples in front of each context, for texts to score."""
+    shots_from: Path | None = None
+    """File of items that the examples are drawn from; by default the task's other items."""
+    unconditional: bool = False
+    """Also measure how much likelier the context makes each choice, which takes twice the work."""
+    against: Path | None = None
+    """Run folder of an earlier evaluation of another model on the same tasks: may the difference be chance?"""
     repeats: int = 1
-    """Times that each problem is solved."""
+    """Times that each problem is solved; above 1 the table has pass@k and maj@k."""
     limit: int = 0
     """Solve only the first problems of each task; 0: all."""
     by: str = ""
@@ -67,12 +78,20 @@ class EvalConfig:
             raise ConfigError("repeats and at_once must be at least 1, limit at least 0", hint="change them")
         if self.tasks and self.out is None:
             raise ConfigError("solving tasks needs a run folder", hint="give --out FOLDER: it also resumes there")
-        if (self.endpoint or self.equal_to) and not self.tasks:
-            raise ConfigError("endpoint and equal_to are for solving problems", hint="give --tasks")
+        only_tasks = ("endpoint", "equal_to", "shots", "unconditional", "against")
+        if not self.tasks and (given := [name for name in only_tasks if getattr(self, name)]):
+            raise ConfigError(f"{', '.join(given)}: only tasks take that", hint="give --tasks")
+        if self.shots < 0 or (self.shots_from is not None and not self.shots):
+            raise ConfigError("shots must be a number above 0 where shots_from is given", hint="for example --shots 5")
+        local = None if self.endpoint else Path(self.model).resolve()
+        if local is not None and self.out is not None and self.out.resolve().is_relative_to(local):
+            raise ConfigError(
+                f"out: {self.out} lies in the model's folder, which is never written to", hint="choose another --out"
+            )
 
 
 def run(config: EvalConfig, console: Console) -> None:
-    """Score the text, or solve the tasks."""
+    """Score the text, or measure the tasks."""
     if config.tasks:
         from luthier.cli import eval_tasks
 

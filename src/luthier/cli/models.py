@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.core.config import digest
 from luthier.core.errors import ConfigError, require
+from luthier.core.files import read_json, sha256_file
 
 if TYPE_CHECKING:
     from luthier.llm.local import LocalModel
@@ -35,6 +38,20 @@ def open_local(name: str, *, device: str = "auto") -> LocalModel:
 
     network = load_pretrained(name, device=choose_device(device))
     return LocalModel(network, load_tokenizer(name), name=name)
+
+
+def identity(name: str, *, endpoint: str | None = None) -> str:
+    """A name that changes with the weights, the settings and the tokenizer of a model folder, so that results of a
+    folder that is trained again are told from earlier ones; of a server or a hub id, just the name."""
+    folder = Path(name)
+    if endpoint is not None or not folder.is_dir():
+        return name
+    made = folder / "luthier.json"
+    weights = read_json(made).get("weights") if made.exists() else None
+    if not weights:
+        weights = {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    settings = [sha256_file(file) for file in (folder / "config.json", folder / "tokenizer.json") if file.exists()]
+    return f"{name}@{digest([weights, settings])[:16]}"
 
 
 def open_role(text: str) -> tuple[str, StreamingBackend]:

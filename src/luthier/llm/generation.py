@@ -186,15 +186,19 @@ def token_logprob(
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, texts: Sequence[tuple[list[int], int]]) -> list[list[float]]:
-    """Log-probabilities (nats) of ids[start:] for each (ids, start >= 1), in one forward pass."""
+def score(
+    model: PreTrainedModel, texts: Sequence[tuple[list[int], int]], vocab_size: int
+) -> list[tuple[list[float], bool]]:
+    """Log-probabilities (nats) of ids[start:] for each (ids, start >= 1), in one forward pass, and whether greedy
+    decoding, which draws from the first `vocab_size` ids only, would write just these."""
     keep = max(len(ids) - start for ids, start in texts) + 1
     logits = _read(model, [ids for ids, _ in texts], keep)[0]
     scores = []
     for row, (ids, start) in enumerate(texts):
         target = torch.tensor(ids[start:], device=logits.device)
         predictions = logits[row, -len(target) - 1 : -1].log_softmax(dim=-1)  # row p predicts what follows position p
-        scores.append(predictions.gather(1, target[:, None])[:, 0].tolist())
+        greedy = bool((predictions[:, :vocab_size].argmax(dim=-1) == target).all())
+        scores.append((predictions.gather(1, target[:, None])[:, 0].tolist(), greedy))
     return scores
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -47,7 +48,7 @@ class _Generate:
 class _Score:
     ids: list[int]
     start: int
-    future: Future[list[float]] = field(default_factory=Future)
+    future: Future[tuple[list[float], bool]] = field(default_factory=Future)
 
 
 _Job = _Generate | _Score
@@ -145,11 +146,14 @@ class LocalModel:
         self._check_ids(ids)
         self._check_context(len(ids))
         job = _Score(ids=ids, start=start)
-        (logprobs,) = await self._run([job])
+        ((logprobs, greedy),) = await self._run([job])
+        if any(math.isnan(logprob) for logprob in logprobs):
+            raise EndpointError("the model computes NaN logits", hint="its weights or its number format are broken")
         usage = Usage(prompt_tokens=len(ids), calls=1)
         self.usage += usage
         tokens = zip(ids[start:], logprobs, strict=True)
-        return Score(tokens=tuple(generation.token_logprob(*token, self._vocabulary) for token in tokens), usage=usage)
+        scored = tuple(generation.token_logprob(*token, self._vocabulary) for token in tokens)
+        return Score(tokens=scored, usage=usage, greedy=greedy)
 
     async def aclose(self) -> None:
         """Stop the worker thread; waiting requests are cancelled."""
@@ -296,7 +300,7 @@ class LocalModel:
         try:
             texts = [(job.ids, job.start) for job in batch if isinstance(job, _Score)]
             if texts:
-                return generation.score(self._network, texts)
+                return generation.score(self._network, texts, self._vocabulary.size)
             rows = [job.row for job in batch if isinstance(job, _Generate)]
             generation.generate(self._network, rows, self._vocabulary)
             return rows

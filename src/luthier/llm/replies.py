@@ -182,7 +182,7 @@ def read_score(payload: Mapping[str, Any], completion: str, *, max_tokens: int) 
     between prompt and text belongs to the text.
     """
     (choice,) = payload["choices"]
-    tokens = list(read_logprobs(choice.get("logprobs"), 0))
+    tokens = list(read_logprobs(choice.get("logprobs"), 1))
     if max_tokens:
         del tokens[len(tokens) - (payload.get("usage") or {}).get("completion_tokens", max_tokens) :]
     start, covered = len(tokens), ""
@@ -195,7 +195,9 @@ def read_score(payload: Mapping[str, Any], completion: str, *, max_tokens: int) 
             f"cannot find the scored text {completion[:40]!r} among the tokens that the server echoed",
             hint="the server must echo the prompt with log-probabilities, and the prompt must not be empty",
         )
-    return Score(tokens=tuple(scored), usage=read_usage(payload.get("usage")))
+    told = all(token.top for token in scored)
+    greedy = all(token.top[0][0] == token.token for token in scored) if told else None
+    return Score(tokens=tuple(scored), usage=read_usage(payload.get("usage")), greedy=greedy)
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ class Score:
     tokens: tuple[TokenLogprob, ...]
     """The tokens of the text, in order."""
     usage: Usage = Usage()
+    greedy: bool | None = None
+    """Whether each token is the most likely one at its place; None where the backend does not tell."""
 
     @property
     def logprob(self) -> float:
@@ -196,7 +198,8 @@ class Score:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Score:
-        return cls(tokens=tuple(_token_from_json(token) for token in value["tokens"]), usage=Usage(**value["usage"]))
+        tokens = tuple(_token_from_json(token) for token in value["tokens"])
+        return cls(tokens=tokens, usage=Usage(**value["usage"]), greedy=value.get("greedy"))
 
 
 def _token_from_json(value: Mapping[str, Any]) -> TokenLogprob:

@@ -40,6 +40,18 @@ def pass_at_k(correct: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def pass_at_k_over(correct: Sequence[int], n: int, k: int) -> Interval:
+    """Mean `pass_at_k` over problems, from how many of each problem's n samples are correct; k = 1: the accuracy.
+
+    Percentile bootstrap over problems, since samples of one problem are alike; where all problems are solved always or
+    never, and a bootstrap has no width, Wilson's interval over problems.
+    """
+    chances = [pass_at_k(count, n, k) for count in correct]
+    if set(chances) <= {0.0} or set(chances) <= {1.0}:
+        return wilson(int(sum(chances)), len(chances))
+    return bootstrap_mean(chances)
+
+
 async def majority_at_k(
     answers: Sequence[Sequence[str | None]],
     problems: Sequence[Problem],

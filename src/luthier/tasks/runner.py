@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.core.errors import EndpointError
+from luthier.core.errors import ConfigError, EndpointError
 from luthier.core.files import append_jsonl, read_jsonl
 from luthier.core.seeds import derive_seed
 from luthier.llm.types import Usage
@@ -64,6 +64,7 @@ async def run_task(
     path: Path,
     *,
     method: str,
+    model: str = "",
     repeats: int = 1,
     at_once: int = 16,
     seed: int = 0,
@@ -71,7 +72,8 @@ async def run_task(
 ) -> list[Row]:
     """All rows of a task and method, in the order of problems and repeats; those not in `path` are made and appended.
 
-    `at_once`: problems in work at the same time. Cancelling keeps what is done.
+    `model`: names the model's weights; rows that were made with others are made anew. `at_once`: problems in work at
+    the same time. Cancelling keeps what is done.
     """
     known = {key: row for key, row in read_answers(path).items() if row["status"] != "failed"}
     wanted = [(problem, repeat) for problem in task.problems for repeat in range(repeats)]
@@ -79,7 +81,7 @@ async def run_task(
     todo: list[tuple[Problem, int]] = []
     for problem, repeat in wanted:
         key = (task.name, problem.id, method, repeat)
-        if key in known and known[key]["sha256"] == task_digest(problem):
+        if key in known and (known[key]["sha256"], known[key].get("model")) == (task_digest(problem), model):
             rows[key] = known[key]
             advance()
         else:
@@ -88,7 +90,7 @@ async def run_task(
 
     async def work() -> None:
         for problem, repeat in waiting:
-            row = await _attempt(task.name, problem, repeat, method, solve, grader, seed)
+            row = await _attempt(task.name, problem, repeat, method, solve, grader, seed) | {"model": model}
             append_jsonl(path, row)
             rows[_key(row)] = row
             advance()
@@ -112,7 +114,7 @@ async def _attempt(
     try:
         # Methods share their seeds, so that they start from the same first chain.
         attempt = await solve(problem.prompt, derive_seed(seed, task, problem.id, repeat), f"{task}/{problem.id}")
-    except EndpointError as error:
+    except (EndpointError, ConfigError) as error:  # the latter: a prompt longer than the model's context
         return row | {"status": "failed", "how": "model", "error": str(error)}
     return row | _recorded(attempt) | await _graded(attempt, problem, grader)
 
