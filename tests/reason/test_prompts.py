@@ -24,7 +24,7 @@ def test_base_models_are_asked_without_a_chat_template():
 
     asked = []
 
-    def reply(request):
+    def reply(request, index):
         asked.append(request)
         return "2 + 3 = 5\n#### 5"
 

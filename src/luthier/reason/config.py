@@ -36,8 +36,8 @@ class ReasonConfig:
     method: Method = "ssr"
     """ssr is ssr-lin: what we recommend."""
     prompts: Literal["full", "short", "plain", "text"] = "full"
-    """Wording: full for general models, short for small ones that were taught it; plain: the bare question; text: the same
-    without a chat template, for base models."""
+    """Wording: full for general models, short for small ones that were taught it; plain: the bare question; text: the
+    same without a chat template, for base models."""
     rounds: int = 3
     """R: refinements (SSR, Self-Refine), rounds of debate, contractions (Atom of Thoughts)."""
     samples: int = 5

@@ -4,11 +4,12 @@ Solving step by step; decomposing a solution as it stands, mistakes included; an
 right or wrong; solving again after a doubt, which is sometimes mistaken; judging and rewriting whole solutions;
 comparing answers. Only the last reply is learned: a solution with a mistake in it is context.
 
-Four things decide how soon a small model learns any of this. A line is the statement as the problem has it, then the
+Five things decide how soon a small model learns any of this. A line is the statement as the problem has it, then the
 same with numbers (`f+5=b:17+5=22`), so that each token follows from one other place. Short problems are common: on them
 it learns to copy. Statements are in no order, among others that nothing follows from: otherwise the model counts places
-in place of looking for names, and fails on problems longer than it has seen. And plain calculations are drilled: in
-solutions only one token in twenty is the result of one.
+in place of looking for names, and fails on problems longer than it has seen. Strings are copied after a gap: finding
+the statement that begins with a name takes two layers that work together, and they form where nearly every token
+depends on them. And plain calculations are drilled: in solutions only one token in twenty is the result of one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FOUND = 8
 """Names in one search."""
 DRILLED = 12
 """Calculations in one drill."""
+COPIED = (3, 12)
+"""Fewest and most statements in a string to copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,9 @@ class Lessons:
     judge: float = 0.08
     rewrite: float = 0.06
     confidence: float = 0.02
-    drill: float = 0.36
+    drill: float = 0.12
     find: float = 0.2
+    copy: float = 0.5
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
 
@@ -65,6 +69,7 @@ class Lessons:
         """The lessons, as rows of kind `messages`."""
         kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
         kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill, "find": _find}
+        kinds |= {"copy": _copy}
         weights = [getattr(self, name) for name in kinds]
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
@@ -186,10 +191,26 @@ def _find(lessons: Lessons, rng: random.Random, program: Program) -> list[Messag
         name: f"{name}{rng.choice(OPERATIONS)}{rng.randrange(2, program.modulus)}={names[index + 1]}"
         for index, name in enumerate(names[:count])
     }
-    asked = rng.sample(names[:count], min(count, FOUND))
+    asked = rng.choices(names[:count], k=FOUND)  # with repetition, or the last ones follow without looking
     statements = rng.sample(list(found.values()), count)
     reply = _reply("\n".join(found[name] for name in asked))
     return [{"role": "user", "content": f"{';'.join(statements)}\n{';'.join(asked)}\nFind."}, reply]
+
+
+def _copy(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
+    """A string to continue after a gap: statements without order or sense, so that only what stood there tells."""
+
+    most = 2 * COPIED[1]
+    statements = [
+        f"{left}{rng.choice(OPERATIONS)}{rng.randrange(2, lessons.modulus)}={rng.choice(string.ascii_lowercase)}"
+        for left in rng.sample(string.ascii_lowercase, most)
+    ]
+    count = rng.randint(*COPIED)
+    copied, others = statements[:count], statements[count : count + rng.randint(0, COPIED[1])]
+    place = rng.randint(0, len(others))
+    text = "".join([*others[:place], *copied, *others[place:]])
+    first, rest = copied[0][0], "".join(copied)[1:]
+    return [{"role": "user", "content": f"{text}\n{first}\nCopy."}, _reply(rest)]
 
 
 def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
