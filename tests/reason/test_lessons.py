@@ -53,6 +53,7 @@ def test_all_kinds_are_taught_and_equal_settings_give_equal_lessons() -> None:
         "confidence",
         "drill",
         "find",
+        "copy",
     }
     assert list(LESSONS.rows()) == ROWS
 
@@ -138,3 +139,10 @@ def test_nothing_held_out_is_ever_shown() -> None:
                 assert not is_held_out((sign, int(left), int(right)), LESSONS.share)
                 shown += 1
     assert shown > 1000
+
+
+def test_what_is_copied_stands_in_the_string_and_its_beginning_only_once() -> None:
+    for asked, reply, _ in rows("copy"):
+        text, first, _ = asked.split("\n")
+        assert text.count(first + reply) == 1
+        assert len(re.findall(rf"(?<!=){first}", text)) == 1
