@@ -155,6 +155,12 @@ VERBS = {
         "luthier.cli.collect:CollectConfig",
         stage=True,
     ),
+    "programs": Verb(
+        "make new word problems from given ones, each verified by a program that a model wrote",
+        "luthier.cli.programs",
+        "luthier.train.program_config:ProgramsConfig",
+        stage=True,
+    ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
     "serve": Verb("an OpenAI-compatible server that reasons", "luthier.cli.serve", "luthier.cli.serve:ServeConfig"),
     "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),

@@ -15,7 +15,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +61,10 @@ class CachedBackend:
     @property
     def usage(self) -> Usage:
         return self.inner.usage
+
+    def stored(self) -> Usage:
+        """What all replies in the file had cost, whoever asked for them."""
+        return self._store.usage()
 
     async def complete(self, request: Request) -> list[Completion]:
         """The request's samples: stored ones from the file, the others from the inner backend."""
@@ -213,6 +217,12 @@ class _Store:
         row = (key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply))
         insert = "INSERT OR IGNORE INTO replies (key, model, question, reply) VALUES (?, ?, ?, ?)"
         self._guard(lambda: self._db.execute(insert, row))
+
+    def usage(self) -> Usage:
+        names = [field.name for field in fields(Usage)]
+        sums = ", ".join(f"coalesce(sum(json_extract(reply, '$.usage.{name}')), 0)" for name in names)
+        row = self._guard(lambda: self._db.execute(f"SELECT {sums} FROM replies").fetchone())
+        return Usage(**dict(zip(names, row, strict=True)))
 
     def close(self) -> None:
         self._db.close()
