@@ -5,10 +5,15 @@ A student learns from a teacher's texts alone: a discriminator, trained along wi
 Files in reading order:
 
 - `teacher.py`          collecting the teacher's replies, once
-- `caps.py`             what that may cost
 - `bracket_teacher.py`  a teacher whose every probability is known
 - `metrics.py`          how far a student is from its teacher, with lengths matched
 - `baselines.py`        what GAD has to beat: length alone, n-grams, best of N, a lower temperature
 - `prompts.py`          what a judge is told
 - `judge.py`            two replies compared by a third model
+- `objective.py`        what the discriminator minimizes, and what its scores are turned into
+- `replies.py`          both sides' replies as token ids, by one rule
+- `discriminator.py`    the network
+- `adversary.py`        its side of training
+- `gad_config.py`       settings in the manner of TRL
+- `gad_trainer.py`      GRPO against a discriminator that learns along
 """
