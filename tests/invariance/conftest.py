@@ -26,7 +26,6 @@ TINY = {
     "log_every": 1,
     "checkpoint_every": 2,
     "eval_every": 3,
-    "eval_tokens": 300,
 }
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from luthier.core.errors import CheckpointError
 from luthier.learn.parallel import Ranks
 from luthier.learn.precision import Weights
-from luthier.learn.state import TrainState, load_state, save_state
+from luthier.learn.state import TrainState, inherit_state, load_state, save_state
 
 
 def trained_state() -> TrainState:
@@ -47,3 +49,27 @@ def test_a_state_that_was_saved_comes_back(tmp_path):
         moments = fresh.optimizer.state[fresh.weights.masters[name]]
         for key, value in saved.optimizer.state[master].items():
             assert torch.equal(moments[key], value), (name, key)
+
+
+def test_another_run_inherits_weights_and_moments_but_counts_anew(tmp_path):
+    parent, child = trained_state(), trained_state()
+    parent.cursor = {"step": 2}
+    save_state(parent, tmp_path / "step-00000002", Ranks())
+    child.step = child.tokens = 0
+    child.cursor = {"step": 0}
+    for parameter in child.weights.masters.values():
+        parameter.data.zero_()
+        child.optimizer.state.pop(parameter, None)
+    assert inherit_state(child, tmp_path / "step-00000002", Ranks()) == 2
+    assert (child.step, child.tokens, child.cursor) == (0, 0, {"step": 0})
+    for name, master in parent.weights.masters.items():
+        assert torch.equal(child.weights.masters[name], master)
+        for key, value in parent.optimizer.state[master].items():
+            assert torch.equal(child.optimizer.state[child.weights.masters[name]][key], value), (name, key)
+    assert float(child.optimizer.state[child.weights.masters["used.weight"]]["step"]) == 2
+
+
+def test_a_damaged_state_that_is_inherited_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot read this training state") as told:
+        inherit_state(trained_state(), tmp_path, Ranks())
+    assert "start from another run" in told.value.hint

@@ -93,21 +93,34 @@ def load_state(state: TrainState, folder: Path, who: Ranks) -> None:
 
     Raises CheckpointError when files are missing or damaged, or belong to another model.
     """
+    counters = _load(state, folder, who, hint=f"remove {folder} to resume from the checkpoint before it")
+    state.step, state.tokens, state.seconds = counters["step"], counters["tokens"], counters["seconds"]
+    state.cursor = counters["cursor"]
+
+
+def inherit_state(state: TrainState, folder: Path, who: Ranks) -> int:
+    """Take weights and moments from another run's training state, and return the step it was saved at.
+
+    Step, tokens, seconds and data cursor of `state` stay. The optimizer's own count of updates comes with the moments.
+    Raises CheckpointError as `load_state`.
+    """
+    counters = _load(state, folder, who, hint="start from another run, or from a model folder, with new moments")
+    return int(counters["step"])
+
+
+def _load(state: TrainState, folder: Path, who: Ranks, *, hint: str) -> dict[str, Any]:
+    """Fill weights and moments from `folder`; its counters."""
     try:
-        counters = read_json(folder / "state.json")
+        counters: dict[str, Any] = read_json(folder / "state.json")
         values = state.tensors()
         with _quiet_dcp(), _first_failure():
             dcp.load(values, checkpoint_id=folder, no_dist=who.world_size == 1)
     except Exception as error:  # DCP raises many kinds, some of them wrapped
-        raise CheckpointError(
-            f"{folder}: cannot read this training state ({_first_line(error)})",
-            hint=f"remove {folder} to resume from the checkpoint before it",
-        ) from error
-    state.step, state.tokens, state.seconds = counters["step"], counters["tokens"], counters["seconds"]
-    state.cursor = counters["cursor"]
+        raise CheckpointError(f"{folder}: cannot read this training state ({_first_line(error)})", hint=hint) from error
     for name, parameter in state.weights.masters.items():
         state.optimizer.state[parameter].update(values["optimizer"][name])
     state.weights.publish()
+    return counters
 
 
 class Cursor(Protocol):

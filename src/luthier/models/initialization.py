@@ -52,11 +52,16 @@ def initialize(model: InstellaForCausalLM, seed: int) -> None:
     """
     dimensions = model.config.dimensions
     for name, parameter in model.named_parameters():
-        weight = initial_weight(WRAPPERS.sub("", name), parameter.shape, dimensions, seed)
-        if isinstance(parameter, DTensor):
-            weight = weight.to(parameter.device_mesh.device_type)
-            weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(weight)
+        place(initial_weight(WRAPPERS.sub("", name), parameter.shape, dimensions, seed), parameter)
     for module in model.modules():
         if isinstance(module, InstellaRotaryEmbedding):
             module.restore_frequencies()
+
+
+@torch.no_grad()
+def place(weight: Tensor, parameter: Tensor) -> None:
+    """Copy a whole weight into a parameter, of which this rank may hold a part only; ranks do not speak to another."""
+    if isinstance(parameter, DTensor):
+        weight = weight.to(parameter.device_mesh.device_type)
+        weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(weight)

@@ -127,8 +127,12 @@ def save_pretrained(
 
 def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
     """Write `luthier.json` with the hashes of the weight files that are in the folder."""
-    weights = {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    write_json(folder / PROVENANCE, {**provenance, "weights": weights})
+    write_json(folder / PROVENANCE, {**provenance, "weights": weight_hashes(folder)})
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each weight file of a model folder."""
+    return {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

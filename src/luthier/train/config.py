@@ -32,7 +32,7 @@ SIZE_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Train a causal language model from random weights (stage 1 of Instella's recipe)."""
+    """Train a causal language model from random weights (stage 1 of Instella's recipe) or from a start (stage 2)."""
 
     PRESET_FIELD: ClassVar[str] = "size"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZE_PRESETS
@@ -41,6 +41,9 @@ class PretrainConfig:
     """Run folder; running the same command again resumes it."""
     size: Size = "tiny"
     """Sets width, depth, vocabulary, learning rate, batch and steps together; single settings override it."""
+    start: str = ""
+    """Go on from here, with the model's shape and tokenizer: a run folder gives weights and optimizer moments, a model
+    folder or hub id gives weights only. Steps, schedule, data and seed are those of this run. Empty: random weights."""
     model: str = ""
     """Another architecture: a folder or hub id whose config.json describes any Hugging Face causal LM."""
     data: tuple[str, ...] = ("python-prose",)
@@ -109,15 +112,13 @@ class PretrainConfig:
     """Training states that are kept."""
     eval_every: int = 200
     """Steps between held-out evaluations; 0 evaluates only at the end."""
-    eval_tokens: int = 32_768
-    """Held-out tokens of an evaluation on the way; the last one uses all."""
     sample_prompts: tuple[str, ...] = ("The", "Return", "If")
     """Beginnings that the model continues at each evaluation (in one process only); empty: no samples."""
     stop_after: int = 0
     """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every", "eval_tokens")
+        _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every")
         _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "vocab_size")
         _check_not_negative(self, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
         _check_not_negative(self, "seed", "context_length")
@@ -136,6 +137,11 @@ class PretrainConfig:
             raise ConfigError(
                 f"context_length: got {self.context_length} with sequences of {self.sequence_length}",
                 hint="leave it 0, or give more than sequence_length, with document_mask",
+            )
+        if self.start and self.model:
+            raise ConfigError(
+                f"model: got {self.model!r}, but the architecture is that of `start`",
+                hint="drop --model, or drop --start to begin with random weights",
             )
         if self.document_mask and self.model:
             raise ConfigError(

@@ -29,9 +29,9 @@ def dimensions(config: PretrainConfig) -> Dimensions:
     return Dimensions(vocab_size=config.vocab_size, **size_table(config.size))  # type: ignore[arg-type]
 
 
-def plan_rows(config: PretrainConfig) -> list[tuple[str, str]]:
-    """(quantity, value with unit) of the whole run."""
-    size = dimensions(config)
+def plan_rows(config: PretrainConfig, size: Dimensions | None = None) -> list[tuple[str, str]]:
+    """(quantity, value with unit) of the whole run; `size` is that of a start, None: the one that the config names."""
+    size = size or dimensions(config)
     tokens = config.steps * config.batch_size * config.sequence_length
     dense, attention = dense_flops_per_token(size), attention_flops_per_token(size, config.sequence_length)
     return [
@@ -65,9 +65,9 @@ def activation_bytes(config: PretrainConfig, size: Dimensions) -> int:
     return 2 * config.micro_batch_size * config.sequence_length * size.num_hidden_layers * per_block
 
 
-def hour_rows(config: PretrainConfig) -> list[list[str]]:
-    """For each device: hours on each of DEVICE_COUNTS at an assumed MFU of 40 %."""
-    size = dimensions(config)
+def hour_rows(config: PretrainConfig, size: Dimensions | None = None) -> list[list[str]]:
+    """For each device: hours on each of DEVICE_COUNTS at an assumed MFU of 40 %; `size` as for `plan_rows`."""
+    size = size or dimensions(config)
     per_token = dense_flops_per_token(size) + attention_flops_per_token(size, config.sequence_length)
     flops = per_token * config.steps * config.batch_size * config.sequence_length
     return [

@@ -1,7 +1,7 @@
-"""Stage 1 of Instella, arXiv 2511.10628 section 2: pretraining from random weights, on one process or many.
+"""Pretraining as in Instella, arXiv 2511.10628 section 2, on one process or many: stage 1, and stage 2 with a start.
 
-AdamW on every parameter, warm-up from a tenth of the peak, cosine to a tenth, gradient norm clipped at 1, bf16 compute
-over fp32 masters, no dropout, sequences that cross document borders.
+AdamW on every parameter, warm-up from a tenth of the peak, cosine to a tenth (stage 2: linear to zero, no warm-up),
+gradient norm clipped at 1, bf16 compute over fp32 masters, no dropout, sequences that cross document borders.
 
 Departures: the loss is a mean over targets, not over input positions (theirs is scaled by 4095/4096); every window has
 as many targets as inputs; evaluation and samples run in the loop.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
@@ -30,23 +31,22 @@ from luthier.learn.evaluate import TokenStream, code_length, stream_nll
 from luthier.learn.loop import Job, LoopSettings, train
 from luthier.learn.meters import Meter, peak_flops, prefers_bf16, training_flops_per_token
 from luthier.learn.muon import Muon
-from luthier.learn.objectives import CausalLoss, has_plain_head, is_causal
+from luthier.learn.objectives import CausalLoss, has_plain_head
 from luthier.learn.parallel import Ranks, make_mesh, shard, transformer_blocks
 from luthier.learn.precision import Weights
-from luthier.learn.prepare import check_vocabulary
 from luthier.learn.schedule import learning_rate
 from luthier.learn.state import TrainState, resume
 from luthier.llm.local import LocalModel
 from luthier.llm.types import Request
-from luthier.models.initialization import initialize
 from luthier.models.instella import InstellaForCausalLM
-from luthier.models.instella_config import sized_config
 from luthier.train.config import PretrainConfig
+from luthier.train.start import RandomStart, Start
 
 # Tokens up to which plain matrix products are no slower than SDPA in bf16 on a CPU: benchmarks/attention_cpu.py.
 EAGER_LIMIT = 256
 COMPILED_STEPS = 500  # compiling takes about as long as 40 steps and saves a tenth to a fifth of each
 SAMPLE_TOKENS = 48
+EVAL_TOKENS = 32_768  # held-out tokens of an evaluation on the way; the last one uses all
 EPSILON = 1e-8  # AdamW's denominator offset, the paper's
 GPU_ATTENTION = ("flex_attention", "flash_attention_2")  # on a CPU the one has no backward pass, the other does not run
 
@@ -62,52 +62,6 @@ class Pretrained:
     state: TrainState
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PreTrainedModel:
-    """A model with random weights that depend on the seed alone. `meta` leaves an Instella's weights unallocated."""
-    if config.model:
-        return _other_model(config, tokenizer)
-    check_vocabulary(tokenizer, config.vocab_size)
-    longest = config.context_length or config.sequence_length
-    sized = sized_config(config.size, tokenizer, vocab_size=config.vocab_size, max_position_embeddings=longest)
-    with torch.device("meta" if meta else "cpu"):
-        model = InstellaForCausalLM._from_config(sized, dtype=torch.float32)
-    if not meta:
-        initialize(model, derive_seed(config.seed, "initial weights"))
-    return model
-
-
-def _other_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The architecture of a Hugging Face config, with random weights and the special tokens of the tokenizer."""
-    try:
-        described = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-        text = described.get_text_config()
-        check_vocabulary(tokenizer, text.vocab_size)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(text, name, getattr(tokenizer, name))
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(config.seed, "initial weights"))
-            model = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model: {config.model!r} is no causal language model ({str(error).splitlines()[0]})",
-            hint="give a folder or hub id whose config.json describes a decoder",
-        ) from error
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit and config.sequence_length > limit:
-        raise ConfigError(
-            f"sequence_length: got {config.sequence_length}, but {config.model} reads at most {limit} tokens",
-            hint=f"set sequence_length to {limit} or less, or raise max_position_embeddings in its config.json",
-        )
-    if isinstance(model, InstellaForCausalLM):
-        initialize(model, derive_seed(config.seed, "initial weights"))
-    if not is_causal(model):
-        raise ConfigError(
-            f"model: {config.model!r} is no causal language model: its positions see the tokens after them",
-            hint="give a decoder; some encoders become one with is_decoder: true in config.json",
-        )
-    return model
-
-
 def pretrain(
     config: PretrainConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -118,16 +72,23 @@ def pretrain(
     checkpoints: Path,
     run: RunFolder | None,
     console: Console,
+    start: Start | None = None,
 ) -> Pretrained:
-    """Train, resuming from the newest state in `checkpoints`. All ranks call it; only the main one has a `run`."""
-    model = build_model(config, tokenizer, meta=who.world_size > 1 and not config.model)
+    """Train, resuming from the newest state in `checkpoints`. All ranks call it; only the main one has a `run`.
+
+    `start` is where a run that has no state yet begins; None: at random weights.
+    """
+    start = start or RandomStart(config, tokenizer)
+    model = start.build(meta=who.world_size > 1)
     flops = training_flops_per_token(model, config.sequence_length)
     low = _low_precision(config, who, console)
-    objective = _place(model, config, low, who)
+    objective = _place(model, start, config, low, who)
     choose_attention(model, config, low, who)
     weights = Weights(objective, low if who.world_size == 1 else None)
     state = TrainState(weights, _optimizer(objective, weights, config), cursor=mixture.state_dict())
     resume(state, mixture, checkpoints, who, run, console)
+    if state.step == 0 and (taken := start.carry_over(state, who)):
+        console.status(taken)
     score = partial(evaluate, objective, tokenizer, config=config, who=who)
     job = Job(
         objective=objective,
@@ -139,19 +100,12 @@ def pretrain(
             document_ids=config.document_mask,
             stretch=max(config.context_length / config.sequence_length, 1.0),
         ),
-        learning_rate=partial(
-            learning_rate,
-            schedule=config.schedule,
-            peak=config.learning_rate,
-            warmup=config.warmup_steps,
-            total=config.steps,
-            final_fraction=config.final_fraction,
-        ),
+        learning_rate=schedule(config),
         seed=config.seed,
         meter=Meter(flops, peak_flops(who.device, low or torch.float32) * who.world_size),
         checkpoints=checkpoints,
         run=run,
-        evaluate=partial(score, held_out.head(config.eval_tokens), stride=config.sequence_length),
+        evaluate=partial(score, held_out.head(max(EVAL_TOKENS, config.sequence_length)), stride=config.sequence_length),
         sample=partial(sample, model, tokenizer, config) if who.world_size == 1 and config.sample_prompts else None,
     )
     if who.world_size > 1 and config.sample_prompts:
@@ -162,6 +116,18 @@ def pretrain(
         model.set_attn_implementation("sdpa")  # it takes no fp32, and the masters are fp32
     final = score(held_out, stride=config.sequence_length // 2) if finished else {}
     return Pretrained(finished, model, gather_weights(objective, weights, who), final, state)
+
+
+def schedule(config: PretrainConfig) -> Callable[[int], float]:
+    """Finished updates -> learning rate of the next one."""
+    return partial(
+        learning_rate,
+        schedule=config.schedule,
+        peak=config.learning_rate,
+        warmup=config.warmup_steps,
+        total=config.steps,
+        final_fraction=config.final_fraction,
+    )
 
 
 def _optimizer(objective: CausalLoss, weights: Weights, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -218,7 +184,9 @@ def compiles(config: PretrainConfig, who: Ranks) -> bool:
     return config.compile == "on" or pays
 
 
-def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | None, who: Ranks) -> CausalLoss:
+def _place(
+    model: PreTrainedModel, start: Start, config: PretrainConfig, low: torch.dtype | None, who: Ranks
+) -> CausalLoss:
     """Put the model on its device, or shards of it on all; wrap it with its loss."""
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -232,10 +200,11 @@ def _place(model: PreTrainedModel, config: PretrainConfig, low: torch.dtype | No
     if who.world_size == 1:
         objective.to(who.device)
         return objective
+    without_storage = next(model.parameters()).is_meta
     shard(objective, blocks, make_mesh(who, config.shard_size), low)
-    if isinstance(model, InstellaForCausalLM):
+    if without_storage:
         objective.to_empty(device=who.device)
-        initialize(model, derive_seed(config.seed, "initial weights"))
+        start.fill(model)
     else:
         objective.to(who.device)
     return objective
