@@ -74,12 +74,12 @@ def test_a_spent_budget_stops_and_says_so(
     command = ("collect", prompts, "--model", "stub", "--endpoint", server.url, "-o", tmp_path / "out")
     outcome = luthier(*command, "--budget", "calls=10")
     assert outcome.code == 130
-    assert outcome.error == "the budget of calls ended the collection, 30 of 40 replies are missing"
+    assert outcome.error == "the budget of 10 calls is spent: 30 of 40 replies are missing"
     assert server.ledger.answered == 10
     assert sum(1 for _ in read_rows(tmp_path / "out" / "replies.jsonl")) == 10
     assert luthier(*command).code == 0
     assert server.ledger.answered == 40
-    assert luthier(*command, "--budget", "dollars=1").error.startswith("a cap on dollars needs the price")
+    assert luthier(*command, "--budget", "dollars=1").error.startswith("the price of 'stub' is unknown")
     assert luthier(*command, "--budget", "seconds=1").error.startswith("budget: collecting has no limit in seconds")
 
 

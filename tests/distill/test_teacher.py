@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from luthier.core.errors import ConfigError, DataError, EndpointError
 from luthier.core.files import read_jsonl
 from luthier.data.formats import read_rows
-from luthier.distill.caps import Caps, Ledger
 from luthier.distill.teacher import (
     FAILURES_IN_A_ROW,
     Collected,
@@ -26,10 +25,11 @@ from luthier.distill.teacher import (
     read_prompts,
     split_of,
 )
+from luthier.llm.budget import BudgetedBackend
 from luthier.llm.scripted import Reply, ScriptedBackend
 from luthier.llm.types import Completion, Request, RequestFailed, Usage
 
-ONCE, UNLIMITED = Sampling(), Caps()
+ONCE = Sampling()
 
 
 def prompts(count: int, **options: Any) -> list[Prompt]:
@@ -46,15 +46,15 @@ def run(
     folder: Path,
     asked: list[Prompt],
     sampling: Sampling = ONCE,
-    caps: Caps = UNLIMITED,
+    limits: dict[str, int] | None = None,
     **options: Any,
 ) -> Collected:
     folder.mkdir(exist_ok=True)
 
     async def work() -> Collected:
         replies = ReplyFolder(folder)
-        ledger = Ledger(caps, spent=replies.usage())
-        return await collect(backend, asked, sampling, replies, ledger, **options)
+        within = BudgetedBackend(backend, **(limits or {}), spent=replies.usage())  # type: ignore[arg-type]
+        return await collect(within, asked, sampling, replies, **options)
 
     return asyncio.run(work())
 
@@ -141,29 +141,34 @@ def test_a_server_that_is_down_is_not_asked_for_ever(tmp_path: Path) -> None:
     backend = ScriptedBackend(lambda request, index: EndpointError("down", hint="start it"))
     result = run(backend, tmp_path, prompts(200), at_once=4)
     assert FAILURES_IN_A_ROW <= len(backend.requests) < FAILURES_IN_A_ROW + 4
-    assert result.stopped == "failures"
+    assert result.stopped.endswith("calls in a row failed")
     assert result.failed + result.left == 200
 
 
-def test_caps_hold_before_sending_and_over_several_runs(tmp_path: Path) -> None:
+def test_a_budget_holds_before_sending_and_over_several_runs(tmp_path: Path) -> None:
     backend = ScriptedBackend(echo)
-    result = run(backend, tmp_path, prompts(10), caps=Caps(calls=4))
-    assert (len(backend.requests), len(result.rows), result.left, result.stopped) == (4, 4, 6, "calls")
-    again = run(backend, tmp_path, prompts(10), caps=Caps(calls=5))
+    result = run(backend, tmp_path, prompts(10), limits={"max_calls": 4})
+    assert (len(backend.requests), len(result.rows), result.left, result.stopped) == (
+        4,
+        4,
+        6,
+        "the budget of 4 calls is spent",
+    )
+    again = run(backend, tmp_path, prompts(10), limits={"max_calls": 5})
     assert (len(backend.requests), len(again.rows), again.left) == (5, 5, 5)
     assert run(backend, tmp_path, prompts(10)).stopped == ""
 
 
-@given(cap=st.integers(1, 4000), lengths=st.lists(st.integers(1, 20), min_size=1), at_once=st.integers(1, 5))
-def test_no_cap_on_tokens_is_ever_passed(
-    tmp_path_factory: pytest.TempPathFactory, cap: int, lengths: list[int], at_once: int
+@given(most=st.integers(1, 300), lengths=st.lists(st.integers(1, 20), min_size=1), at_once=st.integers(1, 5))
+def test_no_budget_of_tokens_is_ever_passed(
+    tmp_path_factory: pytest.TempPathFactory, most: int, lengths: list[int], at_once: int
 ) -> None:
     backend = ScriptedBackend(lambda request, index: "w " * lengths[int(request.messages[0]["content"].split()[1])])
     sampling = Sampling(max_tokens=20)
     result = run(
-        backend, tmp_path_factory.mktemp("c"), prompts(len(lengths)), sampling, Caps(tokens=cap), at_once=at_once
+        backend, tmp_path_factory.mktemp("c"), prompts(len(lengths)), sampling, {"max_tokens": most}, at_once=at_once
     )
-    assert backend.usage.prompt_tokens + backend.usage.completion_tokens <= cap
+    assert backend.usage.completion_tokens <= most
     assert len(result.rows) + result.left == len(lengths)
     assert bool(result.stopped) == (result.left > 0)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,6 @@ from luthier.core.run import RunFolder
 from luthier.data.files import missing_path, read_text
 from luthier.data.formats import READERS
 from luthier.distill.bracket_teacher import BracketBackend, BracketTeacher
-from luthier.distill.caps import Caps, Ledger, most
 from luthier.distill.teacher import (
     REPLIES,
     SPLITS,
@@ -37,6 +35,7 @@ from luthier.distill.teacher import (
     preferences,
     read_prompts,
 )
+from luthier.llm.budget import BudgetedBackend, most_of
 from luthier.llm.cache import CachedBackend
 from luthier.llm.endpoint import normalize_url
 from luthier.llm.prices import Prices
@@ -56,7 +55,7 @@ MAY_CHANGE = (
     "chosen",
     "cache",
 )
-CAPS = {"max_calls": "calls", "max_tokens_total": "tokens", "max_cost": "dollars"}
+LIMITS = {"max_calls": "max_calls", "max_tokens_total": "max_tokens", "max_cost": "max_cost"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class CollectConfig:
     test: float = 0.05
     """Share of the prompts that goes to test.jsonl."""
     budget: tuple[str, ...] = ()
-    """Limits of the whole collection, checked before each request: calls=1000, tokens=2000000, dollars=5."""
+    """Limits of the whole collection, kept before each request: calls=1000, tokens=2000000 (generated), dollars=5."""
     prices: Path | None = None
     """YAML file with dollars per million tokens, by model: NAME: {input: 0.05, output: 0.2}."""
     failed: float = 0.0
@@ -120,9 +119,8 @@ def dry_run(config: CollectConfig, console: Console) -> None:
     prompts, repeated = open_prompts(config)
     sampling, price = sampling_of(config), _price(config)
     tasks = missing(_identity(config), prompts, sampling, ReplyFolder(config.out))
-    bounds = [most(task.prompt.asked, task.request.n, config.max_tokens) for task in tasks]
-    total = sum(bounds, Usage())
-    dollars = price(total) if price else None
+    total = sum((most_of(task.request) for task in tasks), Usage())
+    dollars = price(config.model, total) if price else None
     table = {
         "prompts": len(prompts),
         "prompts that are repetitions": repeated,
@@ -224,31 +222,32 @@ def _identity(config: CollectConfig) -> str:
     return identity(config.model)
 
 
-def _open_teacher(config: CollectConfig) -> Backend:
+def _open_teacher(config: CollectConfig, spent: Usage) -> Backend:
+    """The teacher within the budget, of which `spent` is gone."""
     backend: Backend
     if _is_brackets(config):
         backend = BracketBackend(open_brackets(config.model))
     else:
         backend = open_model(config.model, endpoint=config.endpoint, device=config.device, concurrency=config.at_once)
-    return CachedBackend(backend, config.cache, identity=_identity(config)) if config.cache else backend
+    within = BudgetedBackend(backend, **_limits(config), price=_price(config), spent=spent)
+    return CachedBackend(within, config.cache, identity=_identity(config)) if config.cache else within
 
 
-def _price(config: CollectConfig) -> functools.partial[float | None] | None:
-    return functools.partial(Prices.read(config.prices).cost, config.model) if config.prices else None
+def _price(config: CollectConfig) -> Callable[[str, Usage], float | None] | None:
+    return Prices.read(config.prices).cost if config.prices else None
 
 
-def _caps(config: CollectConfig) -> Caps:
+def _limits(config: CollectConfig) -> dict[str, Any]:
     limits = read_budget(config.budget)
     if "max_seconds" in limits:
         raise ConfigError("budget: collecting has no limit in seconds", hint="use calls, tokens or dollars")
-    return Caps(**{CAPS[name]: value for name, value in limits.items()})
+    return {LIMITS[name]: value for name, value in limits.items()}
 
 
 async def _collect(
     config: CollectConfig, prompts: Sequence[Prompt], replies: ReplyFolder, console: Console
 ) -> Collected:
-    ledger = Ledger(_caps(config), _price(config), replies.usage())
-    backend = _open_teacher(config)
+    backend = _open_teacher(config, replies.usage())
     try:
         with console.progress(len(prompts) * config.samples, "replies") as advance:
             return await collect(
@@ -256,7 +255,6 @@ async def _collect(
                 prompts,
                 sampling_of(config),
                 replies,
-                ledger,
                 identity=_identity(config),
                 at_once=config.at_once,
                 advance=advance,
@@ -321,7 +319,7 @@ def _record(
         },
         "usage": vars(usage),
         "prices": Prices.read(config.prices).table.get(config.model) if config.prices else None,
-        "dollars": price(usage) if price else None,
+        "dollars": price(config.model, usage) if price else None,
         "splits": splits,
         "terms": config.terms or TERMS,
     }
@@ -347,17 +345,17 @@ def _table(config: CollectConfig, record: Mapping[str, Any], pairs: Mapping[str,
 
 
 def check_complete(config: CollectConfig, collected: Collected) -> None:
-    """Raise what keeps a collection from being complete: Interrupted for a cap, EndpointError for failed calls."""
+    """Raise what keeps a collection from being complete: Interrupted for a budget, EndpointError for failed calls."""
     wanted = len(collected.rows) + sum(collected.dropped.values()) + collected.failed + collected.left
     lacking, errors = collected.failed + collected.left, collected.errors
     saved = f"what there is stands in {config.out}"
-    if collected.stopped == "failures" or collected.failed > config.failed * wanted:
+    if collected.failed > config.failed * wanted:
         raise EndpointError(
             f"{lacking:,} of {wanted:,} replies are missing, {collected.failed:,} because calls failed: {errors[0]}",
             hint=f"{errors[0].hint}; then run the same command again, it asks only for these ({saved})",
         )
     if collected.left:
         raise Interrupted(
-            f"the budget of {collected.stopped} ended the collection, {lacking:,} of {wanted:,} replies are missing",
-            hint=f"raise it and run the same command again ({saved})",
+            f"{collected.stopped}: {lacking:,} of {wanted:,} replies are missing",
+            hint=f"raise the budget and run the same command again ({saved})",
         )

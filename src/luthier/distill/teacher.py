@@ -1,9 +1,10 @@
 """The teacher's replies, collected once: all that black-box distillation ever sees of it. Loads no torch.
 
-Requests run at the same time and within caps (`caps.py`); every sample is one appended row, found again by the hash of
-model, request and sample index, so a run that was stopped goes on where it was. Replies that were cut off by
-length or by a content filter are put aside and counted: a student would learn to stop in the middle of a sentence, and
-a discriminator that a missing end means student. A failed call makes no row, so the next run tries it again.
+Requests run at the same time; limits on calls, tokens and dollars are those of the backend (`llm/budget.py`). Every
+sample is one appended row, found again by the hash of model, request and sample index, so a run that was stopped goes
+on where it was. Replies that were cut off by length or by a content filter are put aside and counted: a student would
+learn to stop in the middle of a sentence, and a discriminator that a missing end means student. A failed call makes no
+row, so the next run tries it again.
 
 Prompts that differ in white space only are one prompt, asked once. Each belongs to one split for good, by its hash:
 more prompts later move none of the earlier ones.
@@ -22,7 +23,7 @@ from luthier.core.errors import ConfigError, DataError, EndpointError
 from luthier.core.files import append_jsonl, read_jsonl, sha256_bytes
 from luthier.core.seeds import derive_seed
 from luthier.data.formats import check_messages
-from luthier.distill.caps import Ledger, most
+from luthier.llm.budget import BudgetSpent
 from luthier.llm.types import Backend, Completion, Message, Request, RequestFailed, Usage, request_key
 
 SPLITS = ("train", "validation", "test")
@@ -169,7 +170,7 @@ class Collected:
     left: int = 0
     """Samples that were not asked for, because of `stopped`."""
     stopped: str = ""
-    """'calls', 'tokens' or 'dollars': the cap that was reached; 'failures': too many in a row; '': nothing."""
+    """Why: the budget is spent, or too many calls in a row failed; '' when everything was asked for."""
 
 
 class _Task(NamedTuple):
@@ -182,7 +183,6 @@ async def collect(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     replies: ReplyFolder,
-    ledger: Ledger,
     *,
     identity: str | None = None,
     at_once: int = 16,
@@ -198,7 +198,7 @@ async def collect(
     tasks = missing(model, prompts, sampling, replies)
     wanted = len(prompts) * sampling.samples
     advance(wanted - sum(task.request.n for task in tasks))
-    work = _Work(backend, model, replies, ledger, iter(tasks), advance)
+    work = _Work(backend, model, replies, iter(tasks), advance)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(at_once, len(tasks))):
@@ -249,11 +249,10 @@ class _Work:
         backend: Backend,
         model: str,
         replies: ReplyFolder,
-        ledger: Ledger,
         tasks: Iterator[_Task],
         advance: Callable[[int], None],
     ) -> None:
-        self.backend, self.model, self.replies, self.ledger = backend, model, replies, ledger
+        self.backend, self.model, self.replies = backend, model, replies
         self.tasks, self.advance = tasks, advance
         self.result = Collected()
         self.in_a_row = 0
@@ -262,50 +261,43 @@ class _Work:
         for task in self.tasks:
             if self.result.stopped:
                 return
-            worst = most(task.prompt.asked, task.request.n, task.request.max_tokens or 0)
-            if (cap := await self.ledger.reserve(worst)) is not None:
-                self.result.stopped = self.result.stopped or cap
-                return
-            spent = worst  # of a call that is cancelled nobody knows what it cost
-            try:
-                completions = await self._ask(task.request)
-                spent = self._book(task, completions)
-            finally:
-                await self.ledger.settle(worst, spent)
+            for completion in await self._ask(task.request):
+                self.replies.add(reply_row(self.model, task.prompt, task.request, completion))
             self.advance(task.request.n)
 
     async def _ask(self, request: Request) -> Sequence[Completion]:
         """The samples that there are; failures are counted."""
         try:
-            completions: Sequence[Completion] = await self.backend.complete(request)
+            completions = await self.backend.complete(request)
+        except BudgetSpent as error:
+            self.result.stopped = self.result.stopped or str(error)
+            return ()
         except EndpointError as error:
-            completions = error.completions if isinstance(error, RequestFailed) else ()
-            self.result.failed += request.n - len(completions)
-            if str(error) not in map(str, self.result.errors):
-                self.result.errors.append(error)
-            self.in_a_row += 1
-            if self.in_a_row >= FAILURES_IN_A_ROW:
-                self.result.stopped = self.result.stopped or "failures"
-        else:
-            self.in_a_row = 0
+            return self._failed(request, error)
+        self.in_a_row = 0
         return completions
 
-    def _book(self, task: _Task, completions: Sequence[Completion]) -> Usage:
-        for completion in completions:
-            self.replies.add(reply_row(self.model, task.prompt, task.request, completion))
-        usage = sum((completion.usage for completion in completions), Usage())
-        return usage + Usage(calls=task.request.n - len(completions))
+    def _failed(self, request: Request, error: EndpointError) -> Sequence[Completion]:
+        """Count a failure. What did succeed of its request is paid for, so it is returned."""
+        completions = error.completions if isinstance(error, RequestFailed) else ()
+        self.result.failed += request.n - len(completions)
+        if str(error) not in map(str, self.result.errors):
+            self.result.errors.append(error)
+        self.in_a_row += 1
+        if self.in_a_row >= FAILURES_IN_A_ROW:
+            self.result.stopped = self.result.stopped or f"{self.in_a_row} calls in a row failed"
+        return completions
 
 
 def reply_row(model: str, prompt: Prompt, request: Request, completion: Completion) -> Row:
     """A sample as a row of kind completion (`data/formats.py`); one that is no whole reply names the reason."""
     reason = why_dropped(completion)
-    text = completion.text if reason != "not text" else completion.text.encode("utf-8", "replace").decode()
+    text = completion.text.encode("utf-8", "replace").decode()  # half a surrogate pair can be in dropped ones
     reply = text if isinstance(prompt.asked, str) else [{"role": "assistant", "content": text}]
     row: Row = {"prompt": prompt.asked, "completion": reply, "id": prompt.id, "split": prompt.split}
     row |= {"sample": completion.index, "key": request_key(model, request, completion.index)}
     row |= {"dropped": reason} if reason else {}
-    row |= {"reasoning": completion.reasoning} if completion.reasoning and reason != "not text" else {}
+    row |= {"reasoning": completion.reasoning} if completion.reasoning and not reason else {}
     return row | {"usage": vars(completion.usage)}
 
 

@@ -92,16 +92,9 @@ class BudgetedBackend:
         await self.inner.aclose()
 
     def _most(self, request: Request) -> Usage:
-        """The most that a request can cost. A token is at least one byte of the prompt."""
         if request.max_tokens is None and (self._limits["tokens"], self._limits["dollars"]) != (None, None):
             raise ConfigError("a budget needs requests with a limit of tokens", hint="set max_tokens")
-        texts = [request.prompt or "", *(message["content"] for message in request.messages)]
-        prompt = sum(len(text.encode("utf-8", "surrogatepass")) + MESSAGE_TOKENS for text in texts)
-        return Usage(
-            prompt_tokens=prompt * request.n,
-            completion_tokens=(request.max_tokens or 0) * request.n,
-            calls=request.n,
-        )
+        return most_of(request)
 
     def _broken(self, most: Usage) -> str | None:
         """The limit that a call could break, with all that is under way."""
@@ -111,6 +104,17 @@ class BudgetedBackend:
 
     def _dollars(self, usage: Usage) -> float:
         return 0.0 if self._price is None else self._price(self.model, usage) or 0.0
+
+
+def most_of(request: Request) -> Usage:
+    """The most that a request with `max_tokens` can cost. A token is at least one byte of the prompt."""
+    texts = [request.prompt or "", *(message["content"] for message in request.messages)]
+    prompt = sum(len(text.encode("utf-8", "surrogatepass")) + MESSAGE_TOKENS for text in texts)
+    return Usage(
+        prompt_tokens=prompt * request.n,
+        completion_tokens=(request.max_tokens or 0) * request.n,
+        calls=request.n,
+    )
 
 
 def _charge(completions: Sequence[Completion], most: Usage) -> Usage:
