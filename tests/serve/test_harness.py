@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from luthier.cli.lm_eval import main
 from luthier.data.chat import render
 from luthier.data.tokenizer import load_tokenizer, train_bpe
 from luthier.llm.local import LocalModel
@@ -24,7 +24,7 @@ from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import sized_config
 from luthier.models.load import load_pretrained, save_pretrained
 from luthier.tasks.likelihood import read_items
-from luthier.tasks.likelihood_metrics import measured
+from luthier.tasks.likelihood_metrics import chosen, measured
 from luthier.tasks.likelihood_runner import score_task
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -139,9 +139,11 @@ metric_list:
 """
 
 
-@pytest.mark.slow
-def test_the_harness_runs_from_the_command_line_on_a_folder(folder: Path, tmp_path: Path) -> None:
-    """The whole of it, offline: its accuracies are those of `luthier eval` on the same file."""
+def test_a_task_of_the_harness_gives_the_accuracy_of_our_own(harness: Any, folder: Path, tmp_path: Path) -> None:
+    """From the YAML of a task to its results, offline: as `luthier eval` on the same file."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     rows = [
         {"context": f"the {word}", "choices": ["until it rings", "taps", "of wood"], "label": n % 3}
         for n, word in enumerate(["top", "bow", "violin", "luthier", "maple", "spruce", "wood"])
@@ -150,23 +152,9 @@ def test_the_harness_runs_from_the_command_line_on_a_folder(folder: Path, tmp_pa
     items.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "planks.yaml").write_text(YAML.format(items=items, cache=tmp_path / "cache"))
-    command = [
-        sys.executable,
-        "-m",
-        "luthier.cli.lm_eval",
-        "--model",
-        "luthier",
-        "--model_args",
-        f"pretrained={folder}",
-    ]
-    command += ["--tasks", "planks"]
-    command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "4"]
-    command += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(file.read_text())["results"]["planks"]
+    tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    found = simple_evaluate(harness, tasks=["planks"], task_manager=tasks, bootstrap_iters=0)
+    assert found is not None
 
     async def score() -> list[dict[str, Any]]:
         local = LocalModel(load_pretrained(folder), load_tokenizer(folder))
@@ -176,8 +164,33 @@ def test_the_harness_runs_from_the_command_line_on_a_folder(folder: Path, tmp_pa
 
     own = asyncio.run(score())
     for name, measure in (("acc,none", "sum"), ("acc_bytes,none", "byte")):
-        right = [max(range(3), key=lambda n, row=row: measured(row)[measure][n]) == row["gold"] for row in own]  # type: ignore[misc]
-        assert results[name] == pytest.approx(sum(right) / len(rows))
+        right = [chosen(measured(row)[measure]) == row["gold"] for row in own]
+        assert found["results"]["planks"][name] == pytest.approx(sum(right) / len(rows))
+
+
+def test_the_command_is_the_harness_with_one_more_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.__main__
+    from lm_eval.api.registry import model_registry
+
+    seen: list[bool] = []
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: seen.append("luthier" in model_registry))
+    assert main() == 0
+    assert seen == [True]
+
+
+def test_a_folder_that_is_none_is_told_in_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lm_eval.__main__
+
+    def start() -> None:
+        get_model("luthier").create_from_arg_string("pretrained=./no-such-folder")
+
+    from lm_eval.api.registry import get_model
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", start)
+    assert main() == 2
+    assert capsys.readouterr().err.splitlines()[0] == "luthier: ./no-such-folder: no such model folder"
 
 
 WITHOUT = """
