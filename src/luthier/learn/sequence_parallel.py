@@ -34,7 +34,7 @@ from luthier.core.errors import ConfigError
 from luthier.learn.parallel import Ranks
 
 NAME = "ulysses"  # among transformers' attention functions
-MASKED_KERNELS = ("sdpa", "flex_attention")  # those that take document masks
+KERNELS = ("sdpa", "flex_attention")  # those that take document masks
 WHOLE = ("document_ids",)  # what a rank needs of all tokens of its rows, for the kernel's mask
 
 
@@ -96,20 +96,18 @@ class Ulysses:
         output, _ = attend(module, query, key, value, row_mask, **kwargs)  # (B, T, H/p, E)
         return exchange(output, 1, 2, self.group), None
 
-    def row_mask(self, document_ids: Tensor | None) -> Any:
-        """The kernel's mask that keeps whole rows (B, T) inside their documents; None: causal is all there is."""
-        if document_ids is None and self.kernel != "flex_attention":
+    def row_mask(self, rows: int, tokens: int, document_ids: Tensor | None, device: torch.device) -> Any:
+        """The kernel's mask for whole rows (B, T), inside their documents; None where causal is all there is to say."""
+        if document_ids is None and self.kernel == "sdpa":
             return None
-        if document_ids is None or self.kernel not in MASKED_KERNELS:
-            raise ValueError(f"{self.kernel} needs a mask that it is not given, or takes none")
-        rows, tokens = document_ids.shape
+        same = () if document_ids is None else (packed_sequence_mask_function(document_ids),)
         return ALL_MASK_ATTENTION_FUNCTIONS[self.kernel](
             batch_size=rows,
             q_length=tokens,
             kv_length=tokens,
-            mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(document_ids)),
+            mask_function=and_masks(causal_mask_function, *same),
             allow_is_causal_skip=False,
-            device=document_ids.device,
+            device=device,
         )
 
 
@@ -123,7 +121,7 @@ def parallelize(model: PreTrainedModel, who: Ranks) -> None:
         return
     check_heads(model, who.sequence_parallel)
     kernel = model.config._attn_implementation
-    if kernel not in ALL_ATTENTION_FUNCTIONS or not model._supports_attention_backend:
+    if kernel not in KERNELS or not model._supports_attention_backend:
         raise ConfigError(
             f"sequence_parallel: {type(model).__name__} with {kernel} attention cannot be split",
             hint="use --attention sdpa or flex_attention, and a model with ordinary attention",
@@ -141,7 +139,10 @@ def parallelize(model: PreTrainedModel, who: Ranks) -> None:
             kwargs["position_ids"] = own[None]
         elif documents is None:
             raise ValueError("position_ids alone would mean packed rows, whose documents must be given: document_ids")
-        kwargs["row_mask"] = ulysses.row_mask(documents)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(f"a model made parallel has {NAME} attention, got {model.config._attn_implementation}")
+        rows, tokens = input_ids.shape
+        kwargs["row_mask"] = ulysses.row_mask(rows, tokens * who.sequence_parallel, documents, input_ids.device)
         return args, kwargs
 
     model.base_model.register_forward_pre_hook(place, with_kwargs=True)

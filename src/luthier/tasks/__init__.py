@@ -8,5 +8,5 @@ maj@k, calibration).
 
 Where texts are scored instead of written: `likelihood` (items, their files, examples before them), `text_tasks` (items
 made from any text), `likelihood_metrics` (which option is chosen, how often rightly), `likelihood_runner` (score a
-task, resumably). `catalog` finds tasks of both sorts by name.
+task, resumably). `needles` asks for facts in long documents. `catalog` finds tasks of the other sorts by name.
 """

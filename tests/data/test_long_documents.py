@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.core.errors import ConfigError
+from luthier.data.formats import check_row
+from luthier.data.long_documents import Needles, conversation_size, cut, names, random_part, sentences
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@given(st.text(alphabet=" .!?\n\"')Ab1", max_size=80))
+def test_sentences_make_the_text_again(text: str) -> None:
+    assert "".join(sentences(text)) == text
+
+
+def test_sentences_end_where_sentences_end() -> None:
+    text = 'He paid 3.50 dollars. "Why?" she asked.\nNew line\n\nParagraph without a stop\n\nLast!'
+    assert [part.strip() for part in sentences(text)] == [
+        "He paid 3.50 dollars.",
+        '"Why?"',
+        "she asked.",
+        "New line",
+        "Paragraph without a stop",
+        "Last!",
+    ]
+
+
+def test_names_differ_and_stay() -> None:
+    assert len(set(names(4900))) == 4900
+    assert names(3) == names(5)[:3] == names(4900)[:3]
+    with pytest.raises(ConfigError, match="names: got 4901"):
+        names(4901)
+
+
+@pytest.mark.parametrize("size", [len, words], ids=["characters", "words"])
+@pytest.mark.parametrize("form", ["sentences", "pairs"])
+def test_training_rows_fill_their_length_and_answer_rightly(size, form) -> None:
+    needles = Needles(size=size, form=form, facts=3, questions=2, copy_share=0.0, digits=3)
+    length = 700 if size is len else 120
+    for number in range(20):
+        row = needles.training_row(number, length)
+        check_row(row, "messages", "row")
+        assert length - 15 < conversation_size(row["messages"], size) <= length
+        users, replies = row["messages"][::2], row["messages"][1::2]
+        assert len(users) == len(replies) == 2
+        for user, reply in zip(users, replies, strict=True):
+            name = re.search(r"(\w+)\??$", user["content"])[1]
+            told = re.search(rf"{name}(?: is)? (\d+)\.", users[0]["content"])[1]
+            assert reply["content"] == told
+
+
+def test_copy_rows_have_their_string_in_the_document() -> None:
+    needles = Needles(copy_share=1.0, copy_words=5)
+    for number in range(10):
+        user, reply = needles.training_row(number, 600)["messages"]
+        assert len(reply["content"].split()) == 5
+        assert user["content"].count(f"{reply['content']}\n") == 1
+        assert user["content"].endswith("\nCopy.")
+
+
+def test_the_share_of_copy_rows_is_kept() -> None:
+    rows = [Needles(copy_share=0.4).training_row(number, 500) for number in range(400)]
+    copies = sum(row["messages"][0]["content"].endswith("Copy.") for row in rows)
+    assert 120 < copies < 200  # 4 standard deviations
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_test_row_has_its_fact_at_its_depth(depth: float) -> None:
+    row = Needles(facts=1).test_row(0, 3000, depth)
+    check_row(row, "answer", "row")
+    before = row["prompt"].index(row["answer"]) / row["prompt"].rindex("\n")
+    assert abs(before - depth) < 0.03
+    assert row["metadata"] == {"length": 3000, "depth": depth, "facts": 1}
+    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
+    assert 2980 < conversation_size(messages, len) <= 3000
+
+
+def test_facts_stand_at_uniform_depth() -> None:
+    needles = Needles(facts=1, questions=1, copy_share=0.0)
+    depths = []
+    for number in range(300):
+        user, reply = needles.training_row(number, 2000)["messages"]
+        depths.append(user["content"].index(reply["content"]) / len(user["content"]))
+    assert abs(sum(depths) / 300 - 0.5) < 0.07
+    assert abs(sum(depth < 0.25 for depth in depths) / 300 - 0.25) < 0.1
+
+
+def test_rows_are_decided_by_seed_and_number() -> None:
+    first, again, other = Needles(seed=1), Needles(seed=1), Needles(seed=2)
+    assert [first.training_row(n, 500) for n in (3, 1)] == [again.training_row(n, 500) for n in (3, 1)]
+    assert first.training_row(1, 500) != other.training_row(1, 500)
+    assert first.training_row(1, 500) != first.training_row(2, 500)
+    assert first.test_row(0, 500, 0.5) == again.test_row(0, 500, 0.5)
+
+
+def test_filler_is_the_given_text_in_its_order() -> None:
+    text = [f"Sentence {number} of the book. " for number in range(50)]
+    user, _ = Needles(filler=text, copy_share=0.0).training_row(0, 600)["messages"]
+    found = [int(number) for number in re.findall(r"Sentence (\d+) of", user["content"])]
+    assert len(found) > 10
+    assert all(b == (a + 1) % 50 for a, b in itertools.pairwise(found))
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="length: got 20, but the facts and questions alone need"):
+        Needles(copy_share=0.0).training_row(0, 20)
+    with pytest.raises(ConfigError, match="questions, facts, names: got 5, 4, 100"):
+        Needles(questions=5)
+    with pytest.raises(ConfigError, match="copy_share"):
+        Needles(copy_share=2)
+
+
+TEXT = "".join(f"This is sentence number {number}. " for number in range(100))
+
+
+def test_cut_keeps_whole_sentences() -> None:
+    kept = cut(TEXT, 42, words)
+    assert kept == "".join(sentences(TEXT)[:8])  # 5 words each
+    assert cut(TEXT, 10_000, words) == TEXT
+
+
+def test_parts_are_contiguous_on_sentence_borders_and_anywhere() -> None:
+    rng = random.Random(0)
+    starts = []
+    for _ in range(200):
+        part = random_part(TEXT, 20, 60, words, rng)
+        assert 20 <= words(part) <= 60
+        assert part in TEXT
+        assert part.endswith(".")
+        starts.append(int(re.search(r"number (\d+)", part)[1]))
+    assert min(starts) < 10
+    assert max(starts) > 80
+    assert random_part("Too short.", 20, 60, words, rng) is None
+    assert random_part("word " * 100, 20, 60, words, rng) is None  # one sentence, longer than a part

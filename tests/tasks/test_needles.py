@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+
+from luthier.core.errors import DataError
+from luthier.core.stats import wilson
+from luthier.llm.scripted import ScriptedBackend
+from luthier.tasks.needles import Reader, cells, find_needles, is_found
+from luthier.tasks.task import Problem
+
+
+def problem(length: int, depth: float, answer: str = "471") -> Problem:
+    metadata = {"length": length, "depth": depth}
+    return Problem(id=f"{length}-{depth}", prompt=f"{length} {depth}", answer=answer, kind="exact", metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [("471", True), ("The code is 471.", True), ("4711", False), ("147 1", False), ("", False), ("x471", False)],
+)
+def test_an_answer_is_a_word_of_its_own(reply: str, found: bool) -> None:
+    assert is_found("471", reply) is found
+
+
+def test_accuracy_and_loss_by_place() -> None:
+    problems = [problem(64, 0.0), problem(64, 0.0), problem(64, 1.0), problem(256, 0.0)]
+    replies = iter(["471", "5", "471.", "no"])
+    backend = ScriptedBackend(lambda request, sample: next(replies), scores=lambda p, c: -math.log(4) * len(p))
+    reader = Reader(lambda prompt: prompt[:2], lambda text: 5)
+    found = asyncio.run(find_needles(problems, backend, reader, at_once=1))
+    table = {(cell.length, cell.depth): cell for cell in cells(found)}
+    assert list(table) == [(64, 0.0), (64, 1.0), (64, None), (256, 0.0), (256, None)]
+    assert table[64, 0.0].accuracy == wilson(1, 2)
+    assert table[64, None].accuracy == wilson(2, 3)
+    assert table[256, None].accuracy == wilson(0, 1)
+    assert table[64, 0.0].loss == pytest.approx(2 * math.log(4))
+    assert [request.prompt for request in backend.requests] == ["64", "64", "64", "25"]
+    assert all(request.temperature == 0 and request.max_tokens == 5 for request in backend.requests)
+
+
+def test_a_model_behind_messages_has_no_loss() -> None:
+    backend = ScriptedBackend(["471"])
+    (needle,) = asyncio.run(find_needles([problem(64, 0.5)], backend, None))
+    assert needle.correct
+    assert next(iter(cells([needle]))).loss is None
+    assert backend.requests[0].messages[0]["content"] == "64 0.5"
+
+
+def test_problems_without_a_place_are_refused() -> None:
+    plain = Problem(id="7", prompt="?", answer="1")
+    with pytest.raises(DataError, match="problem 7: metadata has no length and depth"):
+        asyncio.run(find_needles([plain], ScriptedBackend([]), None))
