@@ -33,7 +33,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()
     """What to measure instead. Problems to solve: mini-sudoku, zebra, gsm8k:FILE, math:FILE, aime:FILE, or FILE
     (prompt, answer). Texts to score: cloze, word-order, last-word, one of these with a corpus (cloze:book.txt), or
-    FILE (context, choices, label; context, target; good, bad). Facts to find: needle:FILE, made by luthier long-data."""
+    FILE (context, choices, label; context, target; good, bad). Facts to find: needle:FILE, as long-data makes."""
     method: tuple[str, ...] = ("cot",)
     """How to solve them, one or more: cot, maj@16, ssr, ssr-plan:rounds=5, ssr-lin:preset=paper, ..."""
     endpoint: str | None = None
