@@ -149,6 +149,17 @@ def test_names_that_cannot_be_used(reply: str, wrong: str) -> None:
     assert prompts.read_names(reply, find_numbers("3 bags of 2.5 kg")) == wrong
 
 
+def test_values_are_read_however_they_are_written() -> None:
+    parameters = EXAMPLES[1].parameters
+    replies = ("price=60, percent_off=25", "2. `price = $60,percent_off = 25%`", "- percent_off=25.0, price=60,")
+    expected = {"price": 60, "percent_off": 25}
+    assert all(prompts.read_values(f"Sure:\n{reply}\n", parameters) == [expected] for reply in replies)
+    wrong = ("price=60", "price=60, percent_off=x", "price=60, price=61, percent_off=25")
+    assert all(isinstance(prompts.read_values(reply, parameters)[0], str) for reply in wrong)
+    named = prompts.read_names("**1**: `days`, count\n2: `egg_price`, amount", find_numbers(EXAMPLES[2].question))
+    assert named == EXAMPLES[2].parameters
+
+
 def test_the_form_of_examples_varies_with_the_seed() -> None:
     example = EXAMPLES[1]
     chats = {repr(prompts.program(example.question, example.parameters, seed)) for seed in range(20)}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import EndpointError
+from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import CachedBackend, Request, ScriptedBackend
 from luthier.llm.budget import BudgetedBackend
 from luthier.llm.stub_server import StubServer
@@ -469,6 +469,14 @@ def test_a_failing_model_is_told_and_asked_again(tmp_path: Path) -> None:
     assert all("lamp" in request.messages[-1]["content"] for request in asked.requests)
     straight, _ = make(Model(), tmp_path / "straight")
     assert collect(second) == collect(straight)
+
+
+def test_settings_that_no_model_can_keep_end_the_run(tmp_path: Path) -> None:
+    def refuse(*_: object) -> str:
+        raise ConfigError("the prompt exceeds the context", hint="shorten it")
+
+    with pytest.raises(ConfigError, match="exceeds the context"):
+        make(Model(ABSTRACT=refuse), tmp_path)
 
 
 def run_file(tmp_path: Path, *extra: Problem) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ async def _make(
         raise
     try:
         budget.spent = _paid_before(backend, limits)
-        sandbox = Sandbox(seconds=config.deadline, memory=config.memory)
+        sandbox = Sandbox(seconds=config.deadline, memory=config.memory, workers=os.cpu_count() or 1)
         maker = ProgramMaker(backend, sandbox, config, problems, kept_out=_kept_out(tests, config.overlap))
         with console.progress(len(problems), "problems") as advance:
             outcomes = await make_all(

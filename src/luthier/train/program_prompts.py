@@ -54,7 +54,8 @@ SOLVE = (
     "unless the problem asks for it. The last line is `Answer: ` and the result as a plain number without a unit."
 )
 _QUESTION = re.compile(r"<question>(.*?)</question>", re.DOTALL)
-_LINE = re.compile(r"^\W{0,3}(?P<mark>[0-9]{1,3})\W{0,2}:\s*`?(?P<rest>[^\n`]*)`?\s*$", re.MULTILINE)
+_LINE = re.compile(r"^\W{0,3}(?P<mark>[0-9]{1,3})\W{0,2}:\s*(?P<rest>[^\n]*)$", re.MULTILINE)
+_VALUE = re.compile(r"([a-z][a-z0-9_]*)\s*=\s*([^\s=]+?)%?(?=,?\s|,?$|,[a-z])")
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _unfit_names(parameters: Sequence[Parameter]) -> str:
 
 def _values_of(line: str, parameters: Sequence[Parameter]) -> dict[str, Fraction] | str:
     found = {}
-    for name, text in re.findall(r"([a-z][a-z0-9_]*)\s*=\s*([^\s=]+?)(?=,?\s|,?$)", line):
+    for name, text in _VALUE.findall(line.replace("`", "")):
         numbers = find_numbers(text)
         if len(numbers) != 1 or numbers[0].text != text or name in found:
             return f"{name}={text[:20]} cannot be read"
@@ -273,7 +274,8 @@ def _values_of(line: str, parameters: Sequence[Parameter]) -> dict[str, Fraction
 
 def _marked_lines(reply: str, count: int) -> list[str] | str:
     """What a reply says of the marks 1 to count, each once and in order; a string says what is wrong with it."""
-    lines = [(int(match["mark"]), match["rest"].strip()) for match in _LINE.finditer(reply)]
+    plain = reply.replace("`", "").replace("*", "")
+    lines = [(int(match["mark"]), match["rest"].strip()) for match in _LINE.finditer(plain)]
     if [mark for mark, _ in lines] != list(range(1, count + 1)):
         return f"other marks: {len(lines)}, expected {count}"
     return [rest for _, rest in lines]
