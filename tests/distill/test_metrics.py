@@ -117,3 +117,28 @@ def test_arms_are_compared_seed_by_seed() -> None:
     difference = metrics.compare_arms(scores, "sft")["gad"]
     assert difference[:3] == pytest.approx((0.1, 0.1, 0.1))
     assert difference.n == 3
+
+
+def test_a_collapsed_student_looks_best_until_lengths_are_matched() -> None:
+    """One writes () whatever is asked, the other errs in the rates of its teacher and in one reply of four."""
+    teacher, student = BracketTeacher(), BracketTeacher(table_seed=1)
+    prompts, draw = teacher.prompts(200), random.Random(0)
+
+    def divergence(replies: list[str], logprobs: list[float]) -> float:
+        pairs = zip(prompts, replies, strict=True)
+        rows = [(teacher.conditionals(p, r), [*map(teacher.tokens.find, r), teacher.end]) for p, r in pairs]
+        return metrics.reverse_kl(logprobs, [metrics.smoothed(*row) for row in rows]).value
+
+    theirs = [teacher.draw(p, draw) for p in prompts]
+    wide = [student.draw(p, draw) for p in prompts]
+    own = [student.log_probability(p, r) for p, r in zip(prompts, wide, strict=True)]
+    wide[::4] = [r[:-1] + "(" for r in wide[::4]]
+    short = ["()"] * 200
+    valid = [teacher.is_valid(p, r) for p, r in zip(prompts, wide, strict=True)]
+    assert all(teacher.is_valid(p, "()") for p in prompts)
+    assert metrics.validity(valid).high < 1
+    assert divergence(short, [0.0] * 200) < divergence(wide, own)
+    lengths = [len(r) for r in theirs]
+    assert metrics.matched_mean([1.0] * 200, [2] * 200, lengths).value is None
+    matched = metrics.matched_mean(valid, [len(r) for r in wide], lengths)
+    assert matched.value == pytest.approx(0.75, abs=0.1)
