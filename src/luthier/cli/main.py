@@ -59,6 +59,13 @@ VERBS = {
         "train",
         stage=True,
     ),
+    "dpo": Verb(
+        "make a model prefer one reply to another",
+        "luthier.cli.dpo",
+        "luthier.train.tuning_configs:DpoConfig",
+        "train",
+        stage=True,
+    ),
     "train-eem": Verb(
         "train a model that measures the entropy of text, every bit charged",
         "luthier.cli.train_eem",

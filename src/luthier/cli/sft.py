@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from luthier.cli.tuning import finish, open_run, opened
+from luthier.cli.tuning_cost import counted, tell_updates
 from luthier.core.console import Console
 from luthier.core.errors import DataError
 from luthier.train.tuning_configs import SftConfig
+
+
+def dry_run(config: SftConfig, console: Console) -> None:
+    """Print updates and tokens, where the rows are local files."""
+    from luthier.data.replies import learned_rows
+
+    def lengths(tokenizer: Any, rows: Any) -> list[int]:
+        kept, _ = learned_rows(tokenizer, rows, config.max_length, "data")
+        return [len(row["input_ids"]) for row in kept]
+
+    found = counted(config, ("messages", "completion"), lengths, config.held_out)
+    tell_updates("sft", config, found, "rows", console)
 
 
 def run(config: SftConfig, console: Console) -> None:
