@@ -148,7 +148,7 @@ def run(config: CollectConfig, console: Console) -> None:
         tables = [_table(config, record, pairs)]
         for table in tables:
             console.table(**table)
-        if not config.terms:
+        if not config.terms and not _is_brackets(config):
             console.status(f"note: {TERMS}")
         headline = {"replies": f"{len(collected.rows):,}", "from": config.model}
         folder.write_summary({"verb": "collect", "headline": headline, "tables": tables})
