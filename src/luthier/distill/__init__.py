@@ -16,4 +16,8 @@ Files in reading order:
 - `adversary.py`        its side of training
 - `gad_config.py`       settings in the manner of TRL
 - `gad_trainer.py`      GRPO against a discriminator that learns along
+- `warmup.py`           the stage before it
+- `gate.py`             whether the discriminator knows enough to start
+- `alarms.py`           signs that it is being gamed, and what is done then
+- `toy.py`              ten classes, where everything can be computed
 """

@@ -141,5 +141,7 @@ class WarmupConfig(GADConfig):
     """Passes over the prompts."""
     beta: float = 0.0
     """There is no KL term in warm-up."""
+    num_generations: int | None = 2
+    """Unused: one reply per prompt is sampled. TRL wants two at least, so batches hold an even number of prompts."""
     discriminator_only_steps: int = 10
     """First steps, in which the student does not learn."""

@@ -188,6 +188,37 @@ class GADTrainer(GRPOTrainer):
         """Read what `save_adversary` wrote. CheckpointError when it is missing or does not fit."""
         self.discriminator_steps = int(self.adversary.load(folder)["steps"])
 
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the student's learning rate, now and for what its schedule says later."""
+        scheduler = cast("Any", self.lr_scheduler)
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * factor for rate in scheduler._last_lr]
+        for group in cast("Any", self.optimizer).param_groups:
+            group["lr"] *= factor
+
+    def roll_back(self, checkpoint: Path) -> None:
+        """Weights and optimizers of both sides as in a checkpoint; step, rates and D's pace stay as they are."""
+        scheduler = cast("Any", self.lr_scheduler)
+        rates, kept, pace = scheduler.base_lrs, scheduler.state_dict(), self.discriminator_steps
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        scheduler.load_state_dict(kept)
+        scheduler.base_lrs, self.discriminator_steps = rates, pace
+        for group, rate in zip(cast("Any", self.optimizer).param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def sample_duels(self, rows: list[dict[str, Any]]) -> Duels:
+        """`num_generations_eval` samples for each of this rank's rows against the teacher's reply; nothing learns."""
+        was_training = self.model.training  # type: ignore[union-attr]
+        self.model.eval()  # type: ignore[union-attr]
+        rows = [row for row in rows for _ in range(cast("int", self.num_generations_eval))]
+        self._teacher_texts = [self._teacher_text(row) for row in rows]
+        sampled = self._generate([row["prompt"] for row in rows])[1]
+        duels = self._make_duels(sampled)
+        self._metrics["eval"].clear()  # they belong to no evaluation
+        self.model.train(was_training)  # type: ignore[union-attr]
+        return duels
+
     def _teacher_text(self, row: dict[str, Any]) -> str:
         column = self.args.teacher_column
         if column not in row:
