@@ -215,3 +215,12 @@ def test_a_budget_of_tokens_limits_every_reply_and_is_kept_by_steps_that_are_ask
         solution = asyncio.run(solve(chain.question, Models(solver), config, equivalence=equal))
         assert solution.usage.completion_tokens <= most + 5  # the simulated solver does not cut its replies short
         assert solution.answer is not None
+
+
+def test_every_request_is_sampled_as_the_method_says() -> None:
+    _, backend = ask("maj@3:temperature=0.6,top_p=0.95", always(4))
+    assert {(request.temperature, request.top_p) for request in backend.requests} == {(0.6, 0.95)}
+    _, usual = ask("cot", always(4))
+    assert usual.requests[0].top_p == 1.0
+    with pytest.raises(ConfigError, match=r"top_p is 0.0, expected a probability in \(0, 1\]"):
+        parse_method("cot:top_p=0.0")

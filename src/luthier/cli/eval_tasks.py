@@ -180,7 +180,7 @@ class _Solving:
 def _like(reference: str, method: str) -> str:
     """A method that asks in the same words and at the same temperature as the reference."""
     settings, usual = parse_method(reference), parse_method(method)
-    names = ("prompts", "temperature", "max_tokens")
+    names = ("prompts", "temperature", "top_p", "max_tokens")
     changed = [f"{n}={getattr(settings, n)}" for n in names if getattr(settings, n) != getattr(usual, n)]
     return f"{method}:{','.join(changed)}" if changed else method
 

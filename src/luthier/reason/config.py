@@ -52,6 +52,8 @@ class ReasonConfig:
     """Expansions of the tree (mctsr)."""
     temperature: float = 0.6
     """Of everything but what follows."""
+    top_p: float = 1.0
+    """Of every reply: sample from the smallest set of tokens with at least this probability."""
     decompose_temperature: float = 0.0
     """Of decomposing."""
     max_tokens: int | None = None
@@ -108,6 +110,8 @@ class ReasonConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {low}", hint=f"change {name}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}, expected a probability in (0, 1]", hint="1 leaves nothing out")
         for name in ("max_tokens", "max_calls", "max_tokens_total", "max_cost", "max_seconds"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}, expected more than 0", hint=f"leave {name} out for no limit")

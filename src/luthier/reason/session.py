@@ -179,6 +179,7 @@ class Session:
             n=n,
             first_sample=first_sample,
             temperature=self.config.temperature if temperature is None else temperature,
+            top_p=self.config.top_p,
             max_tokens=self._room(max_tokens or self.config.max_tokens, n),
             seed=self._seed(role, whole, first_sample),
             response_format={"type": "json_object"} if json else None,
@@ -316,6 +317,7 @@ def _call_data(role: str, model: str, request: Request) -> dict[str, Any]:
         "gen_ai.request.model": model,
         "gen_ai.request.choice.count": request.n,
         "gen_ai.request.temperature": request.temperature,
+        "gen_ai.request.top_p": request.top_p,
         "messages": list(request.messages),
     }
 
