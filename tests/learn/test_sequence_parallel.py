@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,7 @@ def found() -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("ranks", ["2", "4"])
+@pytest.mark.parametrize(("ranks", "case"), [("2", "compiled"), *product(("2", "4"), CASES)])
 def test_ranks_equal_one_process(found: dict, ranks: str, case: str) -> None:
     result = found[ranks][case]
     counted, expected = result["targets"]

@@ -5,7 +5,8 @@ not see each other, and the learning rate falls linearly to a thousandth. Phase 
 folder), phase 2 goes on with those of phase 1 (its run folder). Loop, data and optimizer are those of pretraining.
 
 Departures: the base is kept in full (514,640.3, which theirs rounds); a row is the next window of a corpus, in which a
-document may begin or end anywhere (theirs are cut and packed beforehand).
+document may begin or end anywhere (theirs are cut and packed beforehand); a batch is `batch_size` different rows,
+however many ranks compute each (theirs counts ranks).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def extend(
         tokenizer,
         mixture,
         held_out,
-        who=who,
+        who=replace(who, sequence_parallel=config.sequence_parallel),  # § 4.3
         checkpoints=checkpoints,
         run=run,
         console=console,

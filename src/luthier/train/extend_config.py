@@ -74,6 +74,9 @@ class ExtendConfig:
     """Recompute activations of each block in the backward pass: less memory, about a third more time."""
     shard_size: int = 0
     """FSDP2 under torchrun: ranks that share one copy of the model (HSDP when fewer than all); 0 means all."""
+    sequence_parallel: int = 1
+    """Ranks that compute each row together, a part of its tokens each (Ulysses); divides ranks, heads and
+    sequence_length. The paper's phase 2 has 4."""
     device: str = "auto"
     """cpu, cuda or auto."""
 
@@ -90,7 +93,7 @@ class ExtendConfig:
     stop_after: int = 0
     """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
 
-    RESUMABLE_CHANGES: ClassVar[tuple[str, ...]] = PretrainConfig.RESUMABLE_CHANGES
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...]] = (*PretrainConfig.RESUMABLE_CHANGES, "sequence_parallel")
     """Settings that may differ when a run is resumed: they do not touch the result, but for rounding."""
 
     def __post_init__(self) -> None:
@@ -104,6 +107,16 @@ class ExtendConfig:
                 hint="leave it 0; only the law asks for the length that the model's base belongs to",
             )
         self.as_pretraining()  # checks all that the two share
+        if self.sequence_parallel < 1 or self.sequence_length % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel: got {self.sequence_parallel} with rows of {self.sequence_length} tokens",
+                hint="use a divisor of sequence_length",
+            )
+        if self.sequence_parallel > 1 and self.attention not in ("auto", "sdpa", "flex_attention"):
+            raise ConfigError(
+                f"sequence_parallel: {self.attention} attention cannot be split among ranks",
+                hint="use --attention flex_attention (CUDA) or sdpa",
+            )
 
     def as_pretraining(self) -> PretrainConfig:
         """The same settings for the training itself, which is that of `luthier pretrain`."""

@@ -35,6 +35,7 @@ from luthier.learn.objectives import CausalLoss, has_plain_head
 from luthier.learn.parallel import Ranks, make_mesh, shard, transformer_blocks
 from luthier.learn.precision import Weights
 from luthier.learn.schedule import learning_rate
+from luthier.learn.sequence_parallel import parallelize
 from luthier.learn.state import TrainState, resume
 from luthier.llm.local import LocalModel
 from luthier.llm.types import Request
@@ -84,6 +85,7 @@ def pretrain(
     low = _low_precision(config, who, console)
     objective = _place(model, start, config, low, who)
     choose_attention(model, config, low, who)
+    parallelize(model, who)
     weights = Weights(objective, low if who.world_size == 1 else None)
     state = TrainState(weights, _optimizer(objective, weights, config), cursor=mixture.state_dict())
     resume(state, mixture, checkpoints, who, run, console)
@@ -95,8 +97,8 @@ def pretrain(
         state=state,
         batch_at=partial(
             mixture.batch,
-            rank=who.rank,
-            world_size=who.world_size,
+            rank=who.data_rank,
+            world_size=who.data_size,
             document_ids=config.document_mask,
             stretch=max(config.context_length / config.sequence_length, 1.0),
         ),
@@ -158,7 +160,8 @@ def choose_attention(model: PreTrainedModel, config: PretrainConfig, low: torch.
     """Switch to the attention kernel that the config names, or to the one that is fastest here."""
     kernel = config.attention
     if kernel == "auto":
-        if low is not None and who.device.type == "cpu" and config.sequence_length <= EAGER_LIMIT:
+        short = config.sequence_length <= EAGER_LIMIT and who.sequence_parallel == 1
+        if low is not None and who.device.type == "cpu" and short:
             model.set_attn_implementation("eager")
         return
     if kernel in GPU_ATTENTION and who.device.type == "cpu":
