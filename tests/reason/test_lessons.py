@@ -141,8 +141,8 @@ def test_nothing_held_out_is_ever_shown() -> None:
     assert shown > 1000
 
 
-def test_what_is_copied_stands_in_the_string_and_its_beginning_only_once() -> None:
+def test_what_is_copied_stands_in_the_string() -> None:
     for asked, reply, _ in rows("copy"):
         text, first, _ = asked.split("\n")
-        assert text.count(first + reply) == 1
-        assert len(re.findall(rf"(?<!=){first}", text)) == 1
+        assert first + reply in text
+        assert not re.search(r"(?<!=)[a-z]{2}", text)  # two names in a row would be one token

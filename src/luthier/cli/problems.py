@@ -15,7 +15,7 @@ from luthier.core.files import atomic_folder, write_jsonl
 from luthier.core.run import RunFolder
 from luthier.core.seeds import derive_seed
 from luthier.data.problems import Form, Split, draw_program, problem_row
-from luthier.reason.lessons import Lessons
+from luthier.reason.lessons import Kind, Lessons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class ProblemsConfig:
     """Folder for the files."""
     lessons: int = 60_000
     """Conversations."""
+    only: tuple[Kind, ...] = ()
+    """Kinds of lessons; empty: all. A small model learns to copy and to find first, on short strings."""
     lengths: tuple[int, int] = (1, 10)
     """Shortest and longest problem in the lessons, in operations."""
     test: int = 400
@@ -70,6 +72,7 @@ def run(config: ProblemsConfig, console: Console) -> None:
             unused=config.unused,
             share=config.share,
             seed=config.seed,
+            only=config.only,
         )
         with console.progress(config.lessons, "lessons") as advance:
             rows = []

@@ -18,7 +18,7 @@ import random
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core.seeds import derive_seed
 from luthier.data.problems import OPERATIONS, Form, Operation, Program, calculate, draw_program, is_held_out
@@ -27,12 +27,15 @@ from luthier.reason.prompts import SHORT, Finding, Step
 
 Values = Mapping[str, int]
 Row = dict[str, Any]
+Kind = Literal["solve", "step", "decompose", "refine", "judge", "rewrite", "confidence", "drill", "find", "copy"]
 FOUND = 8
 """Names in one search."""
 DRILLED = 12
 """Calculations in one drill."""
-COPIED = (3, 12)
-"""Fewest and most statements in a string to copy."""
+SHORTEST_COPY = 8
+"""Tokens of a string to copy."""
+PER_OPERATION = 3
+"""Statements among which names are looked up, for each operation of the longest problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Lessons:
     unused: int = 6
     """Most statements of a problem that nothing follows from."""
     seed: int = 0
+    only: tuple[Kind, ...] = ()
+    """Kinds of lessons; empty: all. Copying and finding come first in a model's life: the others need them."""
     solve: float = 0.34
     """Relative frequency of each kind of lesson."""
     step: float = 0.2
@@ -70,7 +75,7 @@ class Lessons:
         kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
         kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill, "find": _find}
         kinds |= {"copy": _copy}
-        weights = [getattr(self, name) for name in kinds]
+        weights = [getattr(self, name) * (not self.only or name in self.only) for name in kinds]
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
             rng = random.Random(seed)
@@ -81,6 +86,11 @@ class Lessons:
             *given, reply = kinds[name](self, rng, program)
             context = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]
             yield {"messages": [*context, dict(reply)], "lesson": name, "length": length}
+
+    @property
+    def most_statements(self) -> int:
+        """Among which names are looked up, in lessons of nothing else."""
+        return min(PER_OPERATION * self.lengths[1], len(string.ascii_lowercase) - 2)
 
     def _length(self, rng: random.Random) -> int:
         lengths = range(self.lengths[0], self.lengths[1] + 1)
@@ -186,7 +196,7 @@ def _confidence(lessons: Lessons, rng: random.Random, program: Program) -> list[
 def _find(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
     """Which statement begins with a name, for names in any order among statements in any order."""
     names = rng.sample(string.ascii_lowercase, len(string.ascii_lowercase))
-    count = rng.randint(2, len(names) - 2)
+    count = rng.randint(2, lessons.most_statements)
     found = {
         name: f"{name}{rng.choice(OPERATIONS)}{rng.randrange(2, program.modulus)}={names[index + 1]}"
         for index, name in enumerate(names[:count])
@@ -198,19 +208,23 @@ def _find(lessons: Lessons, rng: random.Random, program: Program) -> list[Messag
 
 
 def _copy(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
-    """A string to continue after a gap: statements without order or sense, so that only what stood there tells."""
-
-    most = 2 * COPIED[1]
-    statements = [
-        f"{left}{rng.choice(OPERATIONS)}{rng.randrange(2, lessons.modulus)}={rng.choice(string.ascii_lowercase)}"
-        for left in rng.sample(string.ascii_lowercase, most)
-    ]
-    count = rng.randint(*COPIED)
-    copied, others = statements[:count], statements[count : count + rng.randint(0, COPIED[1])]
+    """A string of tokens without order or sense to continue after a gap: only what stood after the last one tells."""
+    most = 4 * lessons.most_statements
+    copied, others = (_nonsense(lessons, rng, rng.randint(low, most)) for low in (SHORTEST_COPY, 0))
     place = rng.randint(0, len(others))
     text = "".join([*others[:place], *copied, *others[place:]])
-    first, rest = copied[0][0], "".join(copied)[1:]
-    return [{"role": "user", "content": f"{text}\n{first}\nCopy."}, _reply(rest)]
+    return [{"role": "user", "content": f"{text}\n{copied[0]}\nCopy."}, _reply("".join(copied[1:]))]
+
+
+def _nonsense(lessons: Lessons, rng: random.Random, count: int) -> list[str]:
+    """Names, operations and results at random, each a token; no name after another, and none at the ends."""
+    pieces: list[str] = []
+    for number in range(count):
+        apart = number in (0, count - 1) or (pieces and pieces[-1].isalpha())
+        name, operation = rng.choice(string.ascii_lowercase), rng.choice(OPERATIONS)
+        kinds = [f"{operation}{rng.randrange(2, lessons.modulus)}", f"={name}", name]
+        pieces.append(rng.choice(kinds[:2] if apart else kinds))
+    return pieces
 
 
 def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
