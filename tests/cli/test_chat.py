@@ -19,7 +19,7 @@ import pytest
 import tyro
 
 from luthier.cli import chat
-from luthier.cli.chat import ChatConfig, Conversation, converse, run
+from luthier.cli.chat import ChatConfig, Conversation, _only_pretrained, converse, run
 from luthier.core.console import Console
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.llm import RequestFailed, ScriptedBackend
@@ -282,3 +282,12 @@ def test_system_for_a_base_model_is_an_error(folders: Path) -> None:
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model folder"):
         run(ChatConfig(model=str(tmp_path / "nothing"), prompt="x", device="cpu"), console())
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "soup", "extend"])
+def test_what_was_trained_on_text_alone_has_not_chatted(verb: str) -> None:
+    assert _only_pretrained({"verb": verb, "chat": False})
+    assert not _only_pretrained({"verb": verb, "chat": True})
+    assert _only_pretrained({"verb": "quantize", "parents": [{"verb": verb, "chat": False}]})
+    assert not _only_pretrained({"verb": "sft", "chat": True})
+    assert not _only_pretrained({})

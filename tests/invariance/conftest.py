@@ -45,21 +45,25 @@ def _option(key: str, value: object) -> list[str]:
 
 
 class Runs:
-    """Pretraining runs of the real command line, on one rank or several."""
+    """Training runs of the real command line, on one rank or several; `verb="extend"` for those of that verb."""
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = corpus, folder
 
-    def arguments(self, name: str, **changes: object) -> list[str]:
+    def arguments(self, name: str, verb: str = "pretrain", **changes: object) -> list[str]:
         settings = {**TINY, "data": self.corpus, "out": self.folder / name, **changes}
+        start = []
+        if verb == "extend":
+            start = [str(settings.pop("start"))]
+            del settings["size"], settings["vocab_size"]
         pairs = [(f"--{key.replace('_', '-')}", value) for key, value in settings.items()]
-        return ["pretrain", "--sample-prompts", *(part for key, value in pairs for part in _option(key, value))]
+        return [verb, *start, "--sample-prompts", *(part for key, value in pairs for part in _option(key, value))]
 
     def launch(self, name: str, ranks: int, **changes: object) -> tuple[int, str]:
-        """Run under torchrun; exit code and output."""
+        """Run under torchrun; exit code and output. Without -- it would take --start for its own --start-method."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         finished = subprocess.run(
-            [*torchrun, "-m", "luthier", *self.arguments(name, **changes)],
+            [*torchrun, "-m", "--", "luthier", *self.arguments(name, **changes)],
             capture_output=True,
             text=True,
             timeout=200,

@@ -200,9 +200,9 @@ def open_local(config: ChatConfig, console: Console) -> tuple[LocalModel, bool]:
 
 
 def _only_pretrained(provenance: Mapping[str, Any]) -> bool:
-    """Whether a model has seen no conversation: pretrained on text, or the quantized version of such a one."""
+    """Whether a model has seen no conversation: trained on text alone, or the quantized version of such a one."""
     made = provenance.get("parents", []) if provenance.get("verb") == "quantize" else [provenance]
-    return any(model.get("verb") == "pretrain" and not model.get("chat") for model in made)
+    return any(model.get("verb") in ("pretrain", "soup", "extend") and not model.get("chat") for model in made)
 
 
 def _only_message(config: ChatConfig) -> str:

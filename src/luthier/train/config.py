@@ -43,7 +43,8 @@ class PretrainConfig:
     """Sets width, depth, vocabulary, learning rate, batch and steps together; single settings override it."""
     start: str = ""
     """Go on from here, with the model's shape and tokenizer: a run folder gives weights and optimizer moments, a model
-    folder or hub id gives weights only. Steps, schedule, data and seed are those of this run. Empty: random weights."""
+    folder or hub id gives weights only. Steps, schedule, data and seed are those of this run. Empty: random weights.
+    (torchrun has options of its own that begin with --start: write `torchrun … -m -- luthier pretrain --start …`.)"""
     model: str = ""
     """Another architecture: a folder or hub id whose config.json describes any Hugging Face causal LM."""
     data: tuple[str, ...] = ("python-prose",)
