@@ -57,7 +57,7 @@ class EvalConfig:
     limit: int = 0
     """Solve only the first problems of each task; 0: all."""
     by: str = ""
-    """Also a row for each value of this field of the problems' metadata, such as length."""
+    """Also a row for each value of this field of the problems' metadata, such as length; several: length,depth."""
     at_once: int = 16
     """Problems in work at the same time."""
     seed: int = 0

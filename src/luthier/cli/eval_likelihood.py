@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.eval_view import group
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
 from luthier.core.run import RunFolder
@@ -66,13 +67,14 @@ def tables(task: LikelihoodTask, by_method: Mapping[str, list[Row]], config: Eva
     note = NOTES[task.kind] + NOTE + _perplexity(task, by_method)
     yield {"title": title, "columns": COLUMNS, "rows": lines, "note": note}
     if config.by:
-        groups = {item.id: str(item.metadata.get(config.by, "none")) for item in task.items}
+        groups = {item.id: group(item.metadata, config.by) for item in task.items}
         lines = []
-        for value in dict.fromkeys(groups.values()):
+        for values in dict.fromkeys(groups.values()):
             for method, rows in by_method.items():
-                some = [row for row in rows if groups[row["problem"]] == value]
-                lines += [[value, *line] for line in _lines(method, summarize(task.kind, some))]
-        yield {"title": f"{task.name} by {config.by}", "columns": [config.by, *COLUMNS], "rows": lines, "note": ""}
+                some = [row for row in rows if groups[row["problem"]] == values]
+                lines += [[*values, *line] for line in _lines(method, summarize(task.kind, some))]
+        columns = [*config.by.split(","), *COLUMNS]
+        yield {"title": f"{task.name} by {config.by}", "columns": columns, "rows": lines, "note": ""}
 
 
 def numbers(task: LikelihoodTask, by_method: Mapping[str, list[Row]]) -> dict[str, Any]:

@@ -38,15 +38,21 @@ def solved_tables(
     if config.repeats > 1:
         yield _passes(task, by_method, votes, config.repeats)
     if config.by:
-        groups = {problem.id: str(problem.metadata.get(config.by, "none")) for problem in task.problems}
+        groups = {problem.id: group(problem.metadata, config.by) for problem in task.problems}
         lines = [
-            [value, *_line(method, [row for row in rows if groups[row["problem"]] == value])]
-            for value in dict.fromkeys(groups.values())
+            [*values, *_line(method, [row for row in rows if groups[row["problem"]] == values])]
+            for values in dict.fromkeys(groups.values())
             for method, rows in by_method.items()
         ]
-        yield {"title": f"{task.name} by {config.by}", "columns": [config.by, *COLUMNS], "rows": lines, "note": ""}
+        columns = [*config.by.split(","), *COLUMNS]
+        yield {"title": f"{task.name} by {config.by}", "columns": columns, "rows": lines, "note": ""}
     if len(by_method) > 1:
         yield _differences(task, by_method) if config.repeats > 1 else _pairs(task, by_method)
+
+
+def group(metadata: Mapping[str, Any], by: str) -> tuple[str, ...]:
+    """The values of the fields that `by` names, separated by commas; 'none' for one that is missing."""
+    return tuple(str(metadata.get(field, "none")) for field in by.split(","))
 
 
 def solved_numbers(by_method: Mapping[str, list[Row]], votes: Votes) -> dict[str, Any]:
