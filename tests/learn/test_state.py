@@ -73,3 +73,15 @@ def test_a_damaged_state_that_is_inherited_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="cannot read this training state") as told:
         inherit_state(trained_state(), tmp_path, Ranks())
     assert "start from another run" in told.value.hint
+
+
+def test_masters_that_are_inherited_reach_the_rounded_model(tmp_path):
+    parent = trained_state()
+    save_state(parent, tmp_path / "step-00000002", Ranks())
+    module = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    weights = Weights(module, torch.bfloat16)
+    child = TrainState(weights, torch.optim.AdamW(weights.masters.values(), lr=0.1, fused=True))
+    inherit_state(child, tmp_path / "step-00000002", Ranks())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(weights.masters[name], parent.weights.masters[name])
+        assert torch.equal(parameter, parent.weights.masters[name].bfloat16())
