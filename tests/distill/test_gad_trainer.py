@@ -11,6 +11,10 @@ from luthier.core.errors import CheckpointError, ConfigError, DataError
 from luthier.distill.gad_config import GADConfig
 from luthier.distill.gad_trainer import DISCRIMINATOR_DIR
 from luthier.distill.objective import group_advantages, length_residual
+from luthier.models.initialization import initialize
+from luthier.models.instella import InstellaForCausalLM
+from luthier.models.instella_config import sized_config
+from luthier.models.load import load_pretrained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # TRL asks for it
@@ -120,7 +124,6 @@ def test_equal_scores_give_no_advantage_at_all(make_trainer, duel_rows):
     trainer = make_trainer()
     with torch.no_grad():
         trainer.adversary.discriminator.head.weight.zero_()
-        trainer.adversary.discriminator.head.bias.fill_(0.1)
     assert not rollout(trainer, duel_rows[:2])["advantages"].any()
 
 
@@ -287,6 +290,19 @@ def test_adapters_are_trls_own(make_trainer, student):
     assert trainer.ref_model is None  # the base weights are
     trained = trainer.model.get_base_model().state_dict()
     assert torch.equal(trained["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert trainer.adversary.updates == 1
+
+
+def test_an_instella_learns_too(make_trainer, tokenizer, tmp_path):
+    config = sized_config("nano", tokenizer, max_position_embeddings=64)
+    model = InstellaForCausalLM(config)
+    initialize(model, 0)
+    model.save_pretrained(tmp_path / "instella")
+    trainer = make_trainer(model=load_pretrained(tmp_path / "instella"), max_steps=1)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.ref_model is not None
+    assert not torch.equal(before["lm_head.weight"], trainer.model.state_dict()["lm_head.weight"])
     assert trainer.adversary.updates == 1
 
 

@@ -3,7 +3,8 @@
 A linear layer reads the final hidden state at the last token of the reply. That place is given by its index and never
 searched by the id of the padding, which is often also the end token. The score is unbounded and in fp32.
 
-Departures: the head starts from a seed; the network is in evaluation mode always, so that no dropout parts the scores
+Departures: the head starts from a seed, and has no bias: differences cancel it, so that its gradient is rounding noise,
+of which Adam would make whole steps. The network is in evaluation mode always, so that no dropout parts the scores
 that reward the student from those that the update starts from.
 """
 
@@ -35,11 +36,10 @@ class Discriminator(nn.Module):
     def __init__(self, backbone: PreTrainedModel, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+        self.head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, bias=False)
         generator = torch.Generator().manual_seed(derive_seed(seed, "discriminator head"))
         with torch.no_grad():
             self.head.weight.normal_(0, HEAD_STD, generator=generator)
-            self.head.bias.zero_()
         self.eval()
 
     @classmethod
@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         )
         pooled = output.last_hidden_state[torch.arange(len(last), device=last.device), last].float()
-        return (pooled * self.head.weight).sum(1) + self.head.bias  # a linear layer that autocast leaves in fp32
+        return (pooled * self.head.weight).sum(1)  # a linear layer that autocast leaves in fp32
 
 
 def save_discriminator(

@@ -26,6 +26,7 @@ class InstellaConfig(PreTrainedConfig):
 
     model_type = "instella"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it of every architecture that is not in transformers
     # The norm of q and k needs the whole width, so every rank gathers them before it.
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.self_attn.q_proj": "colwise_gather_output",
