@@ -199,3 +199,11 @@ def test_a_shipped_recipe_is_found_from_any_folder(
     outcome = luthier("run", "recipes/instella-3b/pretrain-stage1.yaml", "--dry-run")
     assert outcome.code == 0
     assert "3,112,675,840" in outcome.out
+
+
+def test_a_task_in_front_of_a_reference_stays_there(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- problems: {}\n- eval: {model: org/name, tasks: ['needle:@problems/test-4.jsonl']}\n")
+    (_, stage) = read_recipe(recipe, tmp_path / "out")
+    assert stage.config.tasks == (f"needle:{tmp_path}/out/01-problems/test-4.jsonl",)
+    assert stage.needs == ("problems",)

@@ -25,6 +25,7 @@ from luthier.core.files import read_json, sha256_file, write_json
 from luthier.core.run import RunFolder
 
 STAGE_VERBS = tuple(name for name, verb in VERBS.items() if verb.stage)
+REFERENCE = re.compile(r"([a-z-]+:)?@(.+)")
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -241,12 +242,16 @@ def _stage(name: str, verb: str, values: dict[str, Any], folders: Mapping[str, P
 
 
 def _resolve(value: Any, stage: str, folders: Mapping[str, Path], needs: list[str]) -> Any:
-    """Replace '@name/rest' by a path inside the folder of the earlier stage `name`, noting the name in `needs`."""
+    """Replace '@name/rest' by a path inside the folder of the earlier stage `name`, noting the name in `needs`.
+
+    What a task is may stand before it: 'needle:@name/rest'.
+    """
     if isinstance(value, list):
         return [_resolve(item, stage, folders, needs) for item in value]
-    if not isinstance(value, str) or not value.startswith("@"):
+    found = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
         return value
-    name, _, rest = value[1:].partition("/")
+    prefix, (name, _, rest) = found[1] or "", found[2].partition("/")
     earlier = list(folders)[: list(folders).index(stage)]
     if name not in earlier:
         raise ConfigError(
@@ -254,4 +259,4 @@ def _resolve(value: Any, stage: str, folders: Mapping[str, Path], needs: list[st
             hint=f"earlier stages: {', '.join(earlier) or 'none'}",
         )
     needs.append(name)
-    return str(folders[name] / rest)
+    return prefix + str(folders[name] / rest)
