@@ -66,7 +66,7 @@ class Lessons:
     confidence: float = 0.02
     drill: float = 0.12
     find: float = 0.2
-    copy: float = 0.5
+    copy: float = 0.15
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
 
