@@ -55,7 +55,7 @@ def test_training_rows_fill_their_length_and_answer_rightly(size, form) -> None:
         for user, reply in zip(users, replies, strict=True):
             name = re.search(r"(\w+)\??$", user["content"])[1]
             told = re.search(rf"{name}(?: is)? (\d+)\.", users[0]["content"])[1]
-            assert reply["content"] == told
+            assert reply["content"] == (f" {name} {told}" if form == "pairs" else told)
 
 
 def test_copy_rows_have_their_string_in_the_document() -> None:
@@ -63,7 +63,7 @@ def test_copy_rows_have_their_string_in_the_document() -> None:
     for number in range(10):
         user, reply = needles.training_row(number, 600)["messages"]
         assert len(reply["content"].split()) == 5
-        assert user["content"].count(f"{reply['content']}\n") == 1
+        assert user["content"].count(f"{reply['content']}\n") == 1  # with the space before its first name
         assert user["content"].endswith("\nCopy.")
 
 
@@ -79,9 +79,15 @@ def test_a_test_row_has_its_fact_at_its_depth(depth: float) -> None:
     check_row(row, "answer", "row")
     before = row["prompt"].index(row["answer"]) / row["prompt"].rindex("\n")
     assert abs(before - depth) < 0.03
-    assert row["metadata"] == {"length": 3000, "depth": depth, "facts": 1}
+    assert row["metadata"] == {"length": 3000, "depth": depth, "facts": 1, "lead": ""}
     messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
     assert 2980 < conversation_size(messages, len) <= 3000
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_lead_and_an_answer_are_the_fact_itself(depth: float) -> None:
+    row = Needles(form="pairs").test_row(0, 500, depth)
+    assert f"{row['metadata']['lead']}{row['answer']}." in row["prompt"]
 
 
 def test_facts_stand_at_uniform_depth() -> None:

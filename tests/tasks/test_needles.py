@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,7 @@ def test_accuracy_and_loss_by_place() -> None:
     assert table[256, None].accuracy == wilson(0, 1)
     assert table[64, 0.0].loss == pytest.approx(2 * math.log(4))
     assert [request.prompt for request in backend.requests] == ["64", "64", "64", "25"]
+    assert backend.scored[0] == ("64", "471")
     assert all(request.temperature == 0 and request.max_tokens == 5 for request in backend.requests)
 
 
@@ -47,6 +49,14 @@ def test_a_model_behind_messages_has_no_loss() -> None:
     assert needle.correct
     assert next(iter(cells([needle]))).loss is None
     assert backend.requests[0].messages[0]["content"] == "64 0.5"
+
+
+def test_the_loss_is_that_of_the_answer_after_its_lead() -> None:
+    given = replace(problem(64, 0.5), metadata={"length": 64, "depth": 0.5, "lead": " Kelu "})
+    backend = ScriptedBackend([" Kelu 471"], scores=lambda prompt, completion: -1.0)
+    (needle,) = asyncio.run(find_needles([given], backend, Reader(lambda prompt: f"{prompt}\n", lambda text: None)))
+    assert needle.correct
+    assert backend.scored == [("64 0.5\n Kelu ", "471")]
 
 
 def test_problems_without_a_place_are_refused() -> None:

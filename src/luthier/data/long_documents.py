@@ -23,9 +23,10 @@ from luthier.data.template import segments
 
 Size = Callable[[str], int]
 Form = Literal["sentences", "pairs"]
-FORMS: dict[Form, tuple[str, str]] = {  # (fact, question)
-    "sentences": ("The code of {name} is {value}.", "What is the code of {name}?"),
-    "pairs": ("{name} {value}.", "The {name}"),
+FORMS: dict[Form, tuple[str, str, str]] = {  # (fact, question, what a reply says before the value)
+    "sentences": ("The code of {name} is {value}.", "What is the code of {name}?", ""),
+    # The reply repeats the very tokens of the fact, so that finding a fact is copying from where its name stands.
+    "pairs": (" {name} {value}.", "The {name}", " {name} "),
 }
 COPY_QUESTION = "Copy."
 _SENTENCE = re.compile(r".+?(?:[.!?]['\")\]]*(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
@@ -110,22 +111,26 @@ class Needles:
         rng = random.Random(derive_seed(self.seed, "needle row", number, length))
         if rng.random() < self.copy_share:
             string = " ".join(rng.sample(names(self.names), self.copy_words))
-            turns, planted = [(COPY_QUESTION, string)], [(rng.random(), f"\n{string}\n")]
+            turns, planted = [(COPY_QUESTION, f" {string}")], [(rng.random(), f"\n {string}\n")]
         else:
             facts = self._facts(rng)
-            turns = [(self._question(name), value) for name, value in rng.sample(facts, self.questions)]
+            turns = [self._turn(*fact) for fact in rng.sample(facts, self.questions)]
             planted = [(rng.random(), self._fact(*fact)) for fact in facts]
         return {"messages": self._conversation(rng, length, planted, turns)}
 
     def test_row(self, number: int, length: int, depth: float) -> dict[str, Any]:
-        """A row of kind `answer`: a document, up to `length` with its answer, with the fact at `depth` (0 to 1)."""
+        """A row of kind `answer`: a document, up to `length` with its reply, and the fact at `depth` (0 to 1).
+
+        Metadata: length, depth, facts, and `lead`, what a reply says before the value.
+        """
         rng = random.Random(derive_seed(self.seed, "needle test", number, length, f"{depth:g}"))
         facts = self._facts(rng)
         depths = [depth, *(rng.random() for _ in facts[1:])]
         planted = [(where, self._fact(*fact)) for where, fact in zip(depths, facts, strict=True)]
         name, value = facts[0]
-        messages = self._conversation(rng, length, planted, [(self._question(name), value)])
-        metadata = {"length": length, "depth": depth, "facts": self.facts}
+        messages = self._conversation(rng, length, planted, [self._turn(name, value)])
+        lead = FORMS[self.form][2].format(name=name)
+        metadata = {"length": length, "depth": depth, "facts": self.facts, "lead": lead}
         row = {"id": f"{length}-{depth:g}-{number}", "prompt": messages[0]["content"], "answer": value}
         return {**row, "kind": "exact", "metadata": metadata}
 
@@ -136,8 +141,9 @@ class Needles:
     def _fact(self, name: str, value: str) -> str:
         return FORMS[self.form][0].format(name=name, value=value)
 
-    def _question(self, name: str) -> str:
-        return FORMS[self.form][1].format(name=name)
+    def _turn(self, name: str, value: str) -> tuple[str, str]:
+        _, question, lead = FORMS[self.form]
+        return question.format(name=name), lead.format(name=name) + value
 
     def _conversation(
         self, rng: random.Random, length: int, planted: Sequence[tuple[float, str]], turns: Sequence[tuple[str, str]]
@@ -191,8 +197,9 @@ def _join(filler: Sequence[str], planted: Iterable[tuple[float, str]]) -> str:
     for depth, text in planted:
         places.setdefault(round(depth * len(filler)), []).append(text)
     pieces = [[*places.get(place, ()), *filler[place : place + 1]] for place in range(len(filler) + 1)]
-    parts = itertools.chain.from_iterable(pieces)
-    return "".join(part if part.startswith("\n") else f" {part}" for part in parts).strip()
+    first, *others = itertools.chain.from_iterable(pieces)
+    joined = "".join(part if part[0].isspace() else f" {part}" for part in others)
+    return (first.removeprefix("\n") + joined).rstrip()
 
 
 def cut(document: str, length: int, size: Size) -> str:

@@ -1,7 +1,8 @@
 """Looking facts up in long documents: how often, and how surely, by length of the document and depth of the fact.
 
 Instella's tests at tiny scale (arXiv 2511.10628; spec: sections 9.2 to 9.4). A problem's metadata say its length and
-depth. Correct: the answer is in the greedy reply, as a word of its own. Loss: nats per token of the right answer.
+depth, and the `lead` that comes before the answer in a reply. Correct: the answer is in the greedy reply, as a word of
+its own. Loss: nats per token of the right answer, after the lead.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ async def find_needles(
         async with limit:
             nats = tokens = None
             if reader is not None:
-                score = await backend.score(reader.render(problem.prompt), problem.answer)
+                score = await backend.score(reader.render(problem.prompt) + lead(problem), problem.answer)
                 nats, tokens = -sum(token.logprob for token in score.tokens), len(score.tokens)
             reply = await _reply(problem, backend, reader)
         advance()
@@ -105,7 +106,7 @@ def _loss(needles: Sequence[Needle]) -> float | None:
 
 
 async def _reply(problem: Problem, backend: Backend, reader: Reader | None) -> str:
-    longest = ROOM * (1 + len(problem.answer))
+    longest = ROOM * (1 + len(lead(problem) + problem.answer))
     if reader is None:
         messages = [{"role": "user", "content": problem.prompt}]
         request = Request(messages=messages, temperature=0.0, max_tokens=longest)
@@ -115,6 +116,11 @@ async def _reply(problem: Problem, backend: Backend, reader: Reader | None) -> s
         request = Request(prompt=text, temperature=0.0, max_tokens=longest if room is None else min(longest, room))
     (completion,) = await backend.complete(request)
     return completion.text
+
+
+def lead(problem: Problem) -> str:
+    """What a reply says before the answer, if the model was taught to."""
+    return str(problem.metadata.get("lead", ""))
 
 
 def _place(problem: Problem) -> tuple[int, float]:
