@@ -39,7 +39,7 @@ REPLY = "a teacher's reply, which is about as long as the student's are, more or
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """When each step ended: wall clock on a GPU, the process's own time on a CPU, which others may be using too."""
 
     def __init__(self) -> None:
         self.stamps = list[float]()
@@ -47,7 +47,9 @@ class Clock(TrainerCallback):
     def on_step_end(self, *_: object, **__: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.stamps.append(time.perf_counter())
+            self.stamps.append(time.perf_counter())
+        else:
+            self.stamps.append(time.process_time())
 
 
 def constant(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
