@@ -267,13 +267,11 @@ def test_adapters_are_merged(given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
-def test_two_ranks_train_as_one(given, straight, tmp_path, shard):
-    changes = {"shard": True} if shard else {}
+def test_two_ranks_train_as_one(given, straight, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "luthier"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments(given, tmp_path / "run", **changes)],
+        [*command, *arguments(given, tmp_path / "run")],
         capture_output=True,
         text=True,
         env=environment,

@@ -66,6 +66,13 @@ VERBS = {
         "train",
         stage=True,
     ),
+    "mathrl": Verb(
+        "reinforce replies whose answers are right",
+        "luthier.cli.mathrl",
+        "luthier.train.tuning_configs:MathRLConfig",
+        "train",
+        stage=True,
+    ),
     "train-eem": Verb(
         "train a model that measures the entropy of text, every bit charged",
         "luthier.cli.train_eem",

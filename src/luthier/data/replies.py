@@ -49,6 +49,29 @@ def encode_replies(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[s
     return EncodedChat(list(encoded["input_ids"]), list(encoded["assistant_masks"]))
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], where: str) -> list[int]:
+    """Ids of a conversation that ends with the template's cue for the assistant: what a reply is sampled after.
+
+    Raises: DataError for a tokenizer without a template, and for a conversation that the template refuses.
+    """
+    template = tokenizer.chat_template
+    if template == CHAT_TEMPLATE:
+        return encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    if not template:
+        raise DataError(
+            f"{where}: questions, but the model's tokenizer has no chat template",
+            hint="add chat_template.jinja to the model folder",
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and raises what it likes
+        raise DataError(
+            f"{where}: the model's chat template refuses a question ({error})",
+            hint="some templates take no system message, or only alternating roles: remove such rows",
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def learned_rows(
     tokenizer: PreTrainedTokenizerFast, rows: Iterable[Row], max_length: int, where: str
 ) -> tuple[list[dict[str, list[int]]], int]:

@@ -79,7 +79,7 @@ class LocalModel:
         self._embedding_rows = int(next(model.get_input_embeddings().parameters()).shape[0])
         known = num_ids(tokenizer)
         size = min(known, self._embedding_rows)
-        self._vocabulary = Vocabulary(size=size, end_ids=_end_ids(model, tokenizer), decode=self._decode)
+        self._vocabulary = Vocabulary(size=size, end_ids=end_ids(model, tokenizer), decode=self._decode)
         self._max_batch_size = max_batch_size
         self._seed = seed
         self._unseeded = itertools.count()
@@ -323,7 +323,7 @@ def _explain(error: Exception) -> Exception:
     return error
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Every token that ends an answer: those of the generation settings, and the tokenizer's EOS."""
     settings = getattr(model.generation_config, "eos_token_id", None)
     listed = settings if isinstance(settings, list) else [settings]

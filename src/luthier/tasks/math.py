@@ -36,8 +36,8 @@ def read_problems(path: Path, layout: str = "rows") -> Task:
     return Task(path.stem, problems)
 
 
-def _rows(row: Mapping[str, Any], where: str) -> Problem:
-    """prompt, answer; optionally id, kind (of comparison) and metadata."""
+def row_problem(row: Mapping[str, Any], where: str) -> Problem:
+    """A row of kind answer: prompt, answer; optionally id, kind (of comparison) and metadata."""
     checked = check_row(row, "answer", where)
     kind, metadata = checked.get("kind", "math"), checked.get("metadata") or {}
     if kind not in KINDS:
@@ -101,4 +101,4 @@ def _gold(answer: str, where: str, expected: str) -> str:
     return answer.strip()
 
 
-LAYOUTS: dict[str, Reader] = {"rows": _rows, "gsm8k": _gsm8k, "math": _math, "aime": _aime}
+LAYOUTS: dict[str, Reader] = {"rows": row_problem, "gsm8k": _gsm8k, "math": _math, "aime": _aime}

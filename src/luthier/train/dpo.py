@@ -10,6 +10,7 @@ ranks needs no choice here: every pair counts once on every rank.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -137,9 +138,11 @@ def dpo(
         "average_tokens_across_devices": False,
     }
     console.status("log-probabilities under the starting model: computed, or read from the run folder")
+    sharded = config.shard and who.world_size > 1 and not config.lora_rank  # then `model` is whole only in training
     with quiet_libraries():
         trainer = PairTrainer(
             model=model,
+            ref_model=copy.deepcopy(model) if sharded else None,
             args=arguments(TrlDPOConfig, config, who, **settings),
             train_dataset=token_rows(list(rows)),
             eval_dataset=token_rows(list(held_out)) if held_out else None,
@@ -150,6 +153,7 @@ def dpo(
             keep=partial(measured_once, who=who, run=run),
             loss=config.loss,
         )
+    trainer.ref_model = None  # all that is needed of it is in the rows
     tuned = fit(trainer, config, run, who, console)
     if not tuned.finished or not held_out:
         return tuned, {}
