@@ -67,7 +67,7 @@ def tell_updates(verb: str, config: Stage, found: Counted | None, unit: str, con
         console.print(f"{verb}: {found.rows:,} {unit} of {found.tokens:,} tokens, {passes:.2f} times")
         console.print(f"{updates:,} updates of {config.batch_size} {unit}, {values['tokens']:,} tokens in all")
     else:
-        known = f"{config.steps:,} updates" if config.steps else f"{config.epochs:g} passes"
-        console.print(f"{verb}: {known} of {config.batch_size} {unit} at a time")
+        known = f"{config.steps:,} updates" if config.steps else f"{config.epochs:g} times all {unit}"
+        console.print(f"{verb}: {known}, {config.batch_size} {unit} at a time")
         console.print("  tokens are counted here once its data and model are on this machine")
     console.result(values)
