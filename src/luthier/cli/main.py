@@ -169,6 +169,20 @@ VERBS = {
         "luthier.cli.collect:CollectConfig",
         stage=True,
     ),
+    "distill": Verb(
+        "make a student write like a teacher, against a discriminator that learns along",
+        "luthier.cli.distill",
+        "luthier.distill.distill_config:DistillConfig",
+        "train",
+        stage=True,
+    ),
+    "gauge": Verb(
+        "how far students are from a teacher whose probabilities are known",
+        "luthier.cli.gauge",
+        "luthier.cli.gauge:GaugeConfig",
+        "torch",
+        stage=True,
+    ),
     "programs": Verb(
         "make new word problems from given ones, each verified by a program that a model wrote",
         "luthier.cli.programs",

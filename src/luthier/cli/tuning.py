@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from luthier.data.row_source import RowSource
+    from luthier.distill.distill_config import DistillConfig
     from luthier.learn.parallel import Ranks
     from luthier.learn.tuning import Tuned
 
 
 @contextlib.contextmanager
-def open_run(config: TuningConfig, who: Ranks) -> Iterator[RunFolder | None]:
+def open_run(config: TuningConfig | DistillConfig, who: Ranks) -> Iterator[RunFolder | None]:
     """The run folder on the main rank. The others wait until it has been accepted."""
     for package in ("trl", "datasets", "accelerate"):
         require(package, "train")

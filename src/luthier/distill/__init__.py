@@ -7,6 +7,7 @@ Files in reading order:
 - `teacher.py`          collecting the teacher's replies, once
 - `bracket_teacher.py`  a teacher whose every probability is known
 - `metrics.py`          how far a student is from its teacher, with lengths matched
+- `exact.py`            a student against that teacher, by exact probabilities
 - `baselines.py`        what GAD has to beat: length alone, n-grams, best of N, a lower temperature
 - `prompts.py`          what a judge is told
 - `judge.py`            two replies compared by a third model
@@ -19,5 +20,9 @@ Files in reading order:
 - `warmup.py`           the stage before it
 - `gate.py`             whether the discriminator knows enough to start
 - `alarms.py`           signs that it is being gamed, and what is done then
+- `distill_config.py`   settings of a whole run, torch-free
+- `lessons.py`          collected rows as prompts and replies of the student
+- `stages.py`           both stages inside run folders
+- `examined.py`         what both networks do on held-out prompts, before and after
 - `toy.py`              ten classes, where everything can be computed
 """

@@ -1,0 +1,212 @@
+"""`luthier distill` and `luthier gauge` from end to end: a random student, and a teacher that writes brackets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from luthier.cli.main import main
+from luthier.core.errors import ConfigError
+from luthier.core.files import sha256_file
+from luthier.data.tokenizer import train_bpe
+from luthier.distill import alarms
+from luthier.distill.distill_config import DistillConfig
+from luthier.models.initialization import initialize
+from luthier.models.instella import InstellaForCausalLM
+from luthier.models.instella_config import InstellaConfig
+from luthier.models.load import save_pretrained
+
+SETTINGS = {
+    "batch-size": 4,
+    "micro-batch-size": 8,
+    "generations": 2,
+    "steps": "2 2",
+    "max-lengths": "64 8",
+    "discriminator-alone": 1,
+    "learning-rate": 1e-2,
+    "warmup-learning-rate": 1e-2,
+    "discriminator-learning-rate": 1e-3,
+    "precision": "fp32",
+    "log-every": 1,
+    "eval-every": 0,
+}
+EXPECTED = ["length", "n-grams"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, Path]:
+    """A student with random weights, and 40 prompts with the teacher's replies, most of them held out."""
+    folder = tmp_path_factory.mktemp("given")
+    tokenizer = train_bpe(["abc"], 258)
+    model = InstellaForCausalLM(
+        InstellaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    initialize(model, 0)
+    save_pretrained(model, tokenizer, folder / "student", {"verb": "test"})
+    collected = ["collect", "brackets:40", "--model", "brackets:max_tokens=8", "--seed", "1", "--validation", "0.75"]
+    assert main([*collected, "-o", str(folder / "teacher")]) == 0
+    return {"model": folder / "student", "teacher": folder / "teacher"}
+
+
+def arguments(given: dict[str, Path], out: Path, *more: str, **changes: object) -> list[str]:
+    settings = {**SETTINGS, **given, "out": out, **{k.replace("_", "-"): v for k, v in changes.items()}}
+    return ["distill", *(part for k, v in settings.items() for part in (f"--{k}", *str(v).split())), *more]
+
+
+def rows(folder: Path, kind: str) -> list[dict]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in read if row["kind"] == kind]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    for name in ("model/model", "gad/discriminator/model", "gad/discriminator/discriminator_head"):
+        a, b = (load_file(run / f"{name}.safetensors") for run in (first, second))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.fixture(scope="module")
+def straight(given, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert main(arguments(given, out, "--force")) == 0
+    return out
+
+
+def test_a_run_writes_both_stages_a_model_and_where_it_comes_from(given, straight):
+    for part in ("warmup/model", "warmup/discriminator", "gad/discriminator", "model"):
+        assert (straight / part / "luthier.json").is_file()
+    made = json.loads((straight / "model" / "luthier.json").read_text())
+    assert made["teacher"]["sha256"] == sha256_file(given["teacher"] / "teacher.json")
+    warmed = json.loads((straight / "warmup" / "model" / "luthier.json").read_text())
+    assert made["parents"][0] == {"model": str(straight / "warmup" / "model"), "weights": warmed["weights"]}
+    assert warmed["parents"][0]["model"] == str(given["model"])
+    summary = json.loads((straight / "summary.json").read_text())
+    gate, held_out = summary["tables"]
+    assert [row[0] for row in gate["rows"]] == ["discriminator", *EXPECTED]
+    assert len(held_out["rows"]) == 5
+    assert [row["step"] for row in rows(straight, "train")] == [1, 2, 3, 4]
+    assert "Learning curves" in (straight / "report.html").read_text()
+
+
+def test_the_student_moves_in_both_stages(given, straight):
+    start, warmed, final = (
+        load_file(folder / "model.safetensors")
+        for folder in (given["model"], straight / "warmup/model", straight / "model")
+    )
+    for a, b in ((start, warmed), (warmed, final)):
+        assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stopped_anywhere_refused_at_the_gate_and_resumed_equals_a_straight_run(given, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    stopped = arguments(given, out, stop_after=1)
+    assert [main(stopped), main(stopped)] == [130, 130]  # within the warm-up, and after it
+    assert "after the warm-up" in capsys.readouterr().err
+    assert main(stopped) == 2
+    told = capsys.readouterr().err
+    assert "held-out accuracy 0." in told
+    assert "against length 0." in told
+    assert "force" in told
+    assert not (out / "model").exists()
+    assert [main([*stopped, "--force"]) for _ in range(2)] == [130, 0]
+    assert_same(straight, out)
+    for file in ("before.json", "after.json"):
+        assert (out / "gad" / file).read_text() == (straight / "gad" / file).read_text()
+    timed = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run, "train")] for run in (straight, out)
+    ]
+    assert [row["step"] for row in timed[0]] == [row["step"] for row in timed[1]]
+
+
+def test_what_is_done_is_not_done_again(given, straight):
+    before = (straight / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main(arguments(given, straight, "--force")) == 0
+    assert (straight / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_another_arm_begins_after_the_same_warm_up(given, straight, tmp_path):
+    """The reward of this one is length alone, so no gate stops it."""
+    out = tmp_path / "run"
+    assert main(arguments({**given, "model": straight}, out, reward="length")) == 0
+    assert not (out / "warmup").exists()
+    assert (out / "gad" / "before.json").read_text() == (straight / "gad" / "before.json").read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tables"][0]["title"] == "Gate: shut; the reward does not need it"
+
+
+@pytest.mark.slow
+def test_an_alarm_stops_the_run_and_another_action_goes_on(given, straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(alarms, "raised", lambda history, limits: {"length drift": "replies are 9 tokens long"})
+    out, start = tmp_path / "run", {**given, "model": straight}
+    assert main(arguments(start, out, "--force", "--on-alarm", "stop", checkpoint_every=1)) == 2
+    assert "stopped by an alarm at step 1 of 2: length drift: replies are 9" in capsys.readouterr().err
+    assert main(arguments(start, out, "--force", "--on-alarm", "lower_rate", checkpoint_every=1)) == 0
+    table = json.loads((out / "summary.json").read_text())["tables"][2]
+    assert table["rows"][-1] == ["2", "length drift: replies are 9 tokens long"]
+
+
+@pytest.mark.slow
+def test_data_in_place_of_a_folder_is_split_by_prompt(given, tmp_path):
+    out = tmp_path / "run"
+    given = {"model": given["model"], "data": given["teacher"] / "replies.jsonl"}
+    assert main(arguments(given, out, "--force", "--raw", held_out=0.4, steps="1 1")) == 0
+    made = json.loads((out / "model" / "luthier.json").read_text())
+    assert made["chat"] is False
+    assert len(made["data"]) == 2
+
+
+def test_a_dry_run_counts_updates_tokens_and_memory(given, tmp_path, capsys):
+    assert main(arguments(given, tmp_path / "run", "--dry-run", steps="0 0", kl=0.1)) == 0
+    told = capsys.readouterr().out
+    train = len((given["teacher"] / "train.jsonl").read_text().splitlines())
+    assert f"{train // 4 * 2:,}" in told.split("updates of the adversarial stage")[1].splitlines()[0]
+    assert "reference of the KL term" in told
+    missing = {"model": "nobody/nothing-7b", "teacher": tmp_path / "none"}
+    assert main(arguments(missing, tmp_path / "run", "--dry-run")) == 0
+    assert "counted once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ("x.jsonl",)}, "teacher"),
+        ({"teacher": None}, "teacher"),
+        ({"batch_size": 5}, "even"),
+        ({"band": (0.8, 0.6)}, "two rising"),
+        ({"band": (0.6, 0.8), "eval_every": 0}, "eval_every"),
+        ({"generations": 1}, "generations"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**{"model": "m", "teacher": Path("t"), **changes})
+
+
+def test_what_is_missing_is_told(given, tmp_path, capsys):
+    assert main(arguments({**given, "teacher": tmp_path}, tmp_path / "a")) == 2
+    assert "train.jsonl: missing" in capsys.readouterr().err
+    assert main(arguments(given, tmp_path / "b", batch_size=400)) == 2
+    assert "fewer than one update takes (400)" in capsys.readouterr().err
+    assert main(arguments(given, tmp_path / "c", max_lengths="3 8")) == 2
+    assert "no row is left to train on" in capsys.readouterr().err
+
+
+def test_gauge_compares_students_with_the_first(given, straight, tmp_path, capsys):
+    models = [str(given["model"]), str(straight / "model")]
+    asked = ["gauge", *models, "--teacher", str(given["teacher"]), "-o", str(tmp_path / "g"), "--split", "validation"]
+    assert main([*asked, "--samples", "2", "--temperatures", "1.0", "0.5"]) == 0
+    summary = json.loads((tmp_path / "g" / "summary.json").read_text())
+    figures, differences = summary["tables"]
+    assert [row[0] for row in figures["rows"]] == ["student T=1", "student T=0.5", "run T=1", "run T=0.5", "teacher"]
+    assert [row[0] for row in differences["rows"]] == ["student T=0.5", "run T=1", "run T=0.5"]
+    other = tmp_path / "other"
+    shutil.copytree(given["teacher"], other)
+    (other / "teacher.json").write_text(json.dumps({"model": "gpt-5"}))
+    capsys.readouterr()
+    assert main(["gauge", models[0], "--teacher", str(other), "-o", str(tmp_path / "h")]) == 2
+    assert "its teacher is gpt-5" in capsys.readouterr().err
