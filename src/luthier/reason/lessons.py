@@ -59,7 +59,7 @@ class Lessons:
     solve: float = 0.34
     """Relative frequency of each kind of lesson."""
     step: float = 0.2
-    decompose: float = 0.14
+    decompose: float = 0.24
     refine: float = 0.16
     judge: float = 0.08
     rewrite: float = 0.06
