@@ -18,6 +18,7 @@ from luthier.core.files import read_json
 from luthier.core.run import RunFolder
 from luthier.core.stats import bootstrap_mean, paired_difference
 from luthier.data.formats import read_rows
+from luthier.data.row_source import turns
 from luthier.distill.bracket_teacher import BracketTeacher
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def _prompts(config: GaugeConfig) -> list[str]:
     file = config.teacher / f"{config.split}.jsonl"
     if not file.is_file():
         raise DataError(f"{file}: missing", hint=f"collect with --{config.split} above 0, or more prompts")
-    return list(dict.fromkeys(str(row["prompt"]) for row in read_rows(file, "completion")))
+    asked = (turns("user", row["prompt"])[-1]["content"] for row in read_rows(file, "completion"))
+    return list(dict.fromkeys(asked))
 
 
 def _arms(
