@@ -32,7 +32,7 @@ from luthier.data.template import CHAT_TEMPLATE
 from luthier.data.tokenizer import num_ids
 from luthier.llm import generation
 from luthier.llm.generation import Row, Vocabulary
-from luthier.llm.types import Completion, Request, Score, Usage
+from luthier.llm.types import Completion, ContextExceeded, Request, Score, Usage
 
 MERGE_WINDOW = 0.003  # seconds that a free worker waits for requests of the same moment
 UNBOUNDED = 1024  # default max_tokens of a model that names no context length
@@ -234,7 +234,7 @@ class LocalModel:
 
     def _check_context(self, length: int, parts: str = "") -> None:
         if self.context_length is not None and length > self.context_length:
-            raise ConfigError(
+            raise ContextExceeded(
                 f"{length} tokens{f' ({parts})' if parts else ''} exceed the context of {self.context_length} tokens",
                 hint="shorten the prompt or lower max_tokens",
             )

@@ -207,6 +207,10 @@ def _token_from_json(value: Mapping[str, Any]) -> TokenLogprob:
     return TokenLogprob(**{**value, "bytes": code, "top": tuple((token, logprob) for token, logprob in value["top"])})
 
 
+class ContextExceeded(ConfigError):
+    """Prompt and answer do not fit the model's context."""
+
+
 class RequestFailed(EndpointError):
     """A call to a model failed for good. It never stands for an empty answer.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.core.config import build, override, to_mapping
 from luthier.core.errors import ConfigError, did_you_mean
-from luthier.llm.types import Message
+from luthier.llm.types import ContextExceeded, Message
 from luthier.reason.atom import atom
 from luthier.reason.config import ReasonConfig
 from luthier.reason.critique import debate, self_refine
@@ -83,6 +83,11 @@ async def solve(
                 raise
             session.stop = "budget"
             trace.point("budget", spent=str(error) or f"{config.max_seconds} seconds")
+        except ContextExceeded as error:
+            if not session.proposals:
+                raise
+            session.stop = "context"  # a doubted solution is longer than a plain one: what there is counts
+            session.flag(f"a later call did not fit the model's context: {error}")
         solution = await _conclude(session)
         span.data.update(_summary(solution))
     return solution

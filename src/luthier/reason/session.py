@@ -25,7 +25,7 @@ Role = Literal["solve", "decompose", "step", "judge", "refine", "plan"]
 ROLES: tuple[Role, ...] = ("solve", "decompose", "step", "judge", "refine", "plan")
 Equivalence = Callable[[str, str], Awaitable[bool | None]]
 Price = Callable[[str, Usage], float | None]
-Stop = Literal["agreed", "rounds", "budget", "done", "no answer"]
+Stop = Literal["agreed", "rounds", "budget", "context", "done", "no answer"]
 Result = TypeVar("Result")
 
 

@@ -29,13 +29,21 @@ STOPS = {
     "agreed": "agreed",
     "rounds": "rounds used up",
     "budget": "budget spent",
+    "context": "context full",
     "done": "done",
     "no answer": "no answer",
     "failed": "failed",
     "unfinished": "unfinished",
 }
 READ, WRITTEN = "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"
-SYMBOLS = {"agreed": "good", "budget": "busy", "no answer": "bad", "failed": "bad", "unfinished": "bad"}
+SYMBOLS = {
+    "agreed": "good",
+    "budget": "busy",
+    "context": "busy",
+    "no answer": "bad",
+    "failed": "bad",
+    "unfinished": "bad",
+}
 
 
 def is_traces(path: Path) -> bool:
