@@ -62,8 +62,8 @@ class Job:
     objective: torch.nn.Module
     state: TrainState
     batch_at: Callable[[int], Mapping[str, NDArray[Any]]]
-    """Step -> the rows that this rank works on (`Ranks.data_rank` says which): input_ids and targets (sequences, T), and
-    what else the objective takes by row. Of each row, ranks that share it take their part in turn."""
+    """Step -> the rows that this rank works on (`Ranks.data_rank` says which): input_ids and targets (sequences, T),
+    and what else the objective takes by row. Of each row, ranks that share it take their part in turn."""
     learning_rate: Callable[[int], float]
     seed: int
     """Decides the dropout of each step, in models that have any."""
