@@ -113,15 +113,18 @@ def test_the_micro_batch_changes_nothing(given, straight, tmp_path):
     assert_same(straight, tmp_path / "run", tolerance=1e-5)
 
 
+def test_sharding_is_refused_where_accelerate_would_not_shard(given, tmp_path, capsys):
+    assert main(arguments(given, tmp_path / "run", shard=True, device="cpu")) == 2
+    assert "GPUs only" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
-def test_two_ranks_train_as_one(given, straight, tmp_path, shard):
+def test_two_ranks_train_as_one(given, straight, tmp_path):
     out = tmp_path / "run"
-    changes = {"shard": True} if shard else {}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "luthier"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments(given, out, **changes)], capture_output=True, text=True, env=environment, timeout=200
+        [*command, *arguments(given, out)], capture_output=True, text=True, env=environment, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert_same(straight, out, tolerance=1e-5)

@@ -74,8 +74,13 @@ class Paced:
 def arguments(kind: type[TrainingArguments], config: TuningConfig, who: Ranks, **settings: Any) -> Any:
     """The arguments of a trainer: `kind` is TrainingArguments or one of TRL's, `settings` what is special to it.
 
-    Raises: ConfigError when the batch cannot be divided among the ranks.
+    Raises: ConfigError when the batch cannot be divided among the ranks, and for sharding on a CPU.
     """
+    if config.shard and who.device.type == "cpu":
+        raise ConfigError(
+            "shard: accelerate divides models among GPUs only, and this device is a CPU",
+            hint="leave shard out: every rank then holds the whole model",
+        )
     size = min(config.micro_batch_size, max(1, config.batch_size // who.world_size))
     if config.batch_size % (size * who.world_size):
         raise ConfigError(
