@@ -54,8 +54,8 @@ def test_training_rows_fill_their_length_and_answer_rightly(size, form) -> None:
         assert len(users) == len(replies) == 2
         for user, reply in zip(users, replies, strict=True):
             name = re.search(r"(\w+)\??$", user["content"])[1]
-            told = re.search(rf"{name}(?: is)? (\d+)\.", users[0]["content"])[1]
-            assert reply["content"] == (f" {name} {told}" if form == "pairs" else told)
+            told = re.search(rf"{name}(?: is )?(\d+)\.", users[0]["content"])[1]
+            assert reply["content"] == (f" {name}{told}" if form == "pairs" else told)
 
 
 def test_copy_rows_have_their_string_in_the_document() -> None:

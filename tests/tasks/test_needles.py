@@ -52,11 +52,11 @@ def test_a_model_behind_messages_has_no_loss() -> None:
 
 
 def test_the_loss_is_that_of_the_answer_after_its_lead() -> None:
-    given = replace(problem(64, 0.5), metadata={"length": 64, "depth": 0.5, "lead": " Kelu "})
-    backend = ScriptedBackend([" Kelu 471"], scores=lambda prompt, completion: -1.0)
+    given = replace(problem(64, 0.5), metadata={"length": 64, "depth": 0.5, "lead": " Kelu"})
+    backend = ScriptedBackend([" Kelu471"], scores=lambda prompt, completion: -1.0)
     (needle,) = asyncio.run(find_needles([given], backend, Reader(lambda prompt: f"{prompt}\n", lambda text: None)))
     assert needle.correct
-    assert backend.scored == [("64 0.5\n Kelu ", "471")]
+    assert backend.scored == [("64 0.5\n Kelu", "471")]
 
 
 def test_problems_without_a_place_are_refused() -> None:

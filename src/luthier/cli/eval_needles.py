@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PREFIX = "needle:"
 MAY_CHANGE = ("out", "device", "tasks", "limit", "at_once", "endpoint")
 NOTE = (
-    "Correct: the value is in the greedy reply, as a word of its own. Interval: Wilson, 95 %. Loss: nats per token of "
-    "the right value after the prompt; not known behind an endpoint."
+    "Correct: the value is in the greedy reply, as a word of its own or right after its name. Interval: Wilson, 95 %. "
+    "Loss: nats per token of the right value after the prompt; not known behind an endpoint."
 )
 
 

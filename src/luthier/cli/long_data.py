@@ -54,7 +54,7 @@ class LongDataConfig:
     copy_words: int = 8
     """Names in such a string."""
     form: Form = "sentences"
-    """sentences: 'The code of Kelu is 47.'; pairs: 'Kelu 47.', for rows of a few dozen tokens."""
+    """sentences: 'The code of Kelu is 47.'; pairs: 'Kelu47.', for rows of a few dozen tokens."""
     facts: int = 4
     """Facts in a document."""
     questions: int = 4

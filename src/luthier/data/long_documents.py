@@ -25,8 +25,9 @@ Size = Callable[[str], int]
 Form = Literal["sentences", "pairs"]
 FORMS: dict[Form, tuple[str, str, str]] = {  # (fact, question, what a reply says before the value)
     "sentences": ("The code of {name} is {value}.", "What is the code of {name}?", ""),
-    # The reply repeats the very tokens of the fact, so that finding a fact is copying from where its name stands.
-    "pairs": (" {name} {value}.", "The {name}", " {name} "),
+    # The reply repeats the tokens of the fact, and nothing is between name and value: finding a fact is copying from
+    # where its name stands. With a space between them, small models stay at chance among the planted values.
+    "pairs": (" {name}{value}.", "The {name}", " {name}"),
 }
 COPY_QUESTION = "Copy."
 _SENTENCE = re.compile(r".+?(?:[.!?]['\")\]]*(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
@@ -78,7 +79,7 @@ class Needles:
     size: Size = len
     """Length of a text."""
     form: Form = "sentences"
-    """sentences: 'The code of Kelu is 471.'; pairs: 'Kelu 471.', for models that are small and see little."""
+    """sentences: 'The code of Kelu is 471.'; pairs: 'Kelu471.', for models that are small and see little."""
     facts: int = 4
     """Facts in a document."""
     questions: int = 1

@@ -2,7 +2,7 @@
 
 Instella's tests at tiny scale (arXiv 2511.10628; spec: sections 9.2 to 9.4). A problem's metadata say its length and
 depth, and the `lead` that comes before the answer in a reply. Correct: the answer is in the greedy reply, as a word of
-its own. Loss: nats per token of the right answer, after the lead.
+its own or after its lead. Loss: nats per token of the right answer, after the lead.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ async def find_needles(
                 nats, tokens = -sum(token.logprob for token in score.tokens), len(score.tokens)
             reply = await _reply(problem, backend, reader)
         advance()
-        return Needle(length, depth, is_found(problem.answer, reply), nats, tokens, reply)
+        found = is_found(problem.answer, reply) or is_found(f"{lead(problem)}{problem.answer}".strip(), reply)
+        return Needle(length, depth, found, nats, tokens, reply)
 
     tasks = [asyncio.create_task(one(*place)) for place in placed]
     try:
