@@ -210,3 +210,11 @@ def test_gauge_compares_students_with_the_first(given, straight, tmp_path, capsy
     capsys.readouterr()
     assert main(["gauge", models[0], "--teacher", str(other), "-o", str(tmp_path / "h")]) == 2
     assert "its teacher is gpt-5" in capsys.readouterr().err
+
+
+def test_the_recipes_are_valid_and_say_what_they_cost(tmp_path, capsys):
+    recipes = Path(__file__).parents[2] / "recipes"
+    assert main(["run", str(recipes / "gad-lmsys.yaml"), "--out", str(tmp_path / "a"), "--dry-run"]) == 0
+    assert "57.48 GiB, whole on each rank (3,085,938,688 parameters)" in capsys.readouterr().out
+    assert main(["run", str(recipes / "gad-tiny.yaml"), "--out", str(tmp_path / "b"), "--dry-run"]) == 0
+    assert "05-gad: distill, settings are valid" in capsys.readouterr().out
