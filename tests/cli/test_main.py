@@ -134,6 +134,6 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 
 
 def test_a_path_that_cannot_be_a_run_folder_is_refused(luthier: Command, text_file: Path) -> None:
-    outcome = luthier("eval", text_file.parent, "--out", text_file)
+    outcome = luthier("eval", "org/name", "--out", text_file)
     assert outcome.code == 2
     assert outcome.error == f"{text_file}: file exists"

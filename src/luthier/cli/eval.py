@@ -83,7 +83,7 @@ class EvalConfig:
         if self.shots < 0 or (self.shots_from is not None and not self.shots):
             raise ConfigError("shots must be a number above 0 where shots_from is given", hint="for example --shots 5")
         local = None if self.endpoint else Path(self.model).resolve()
-        if local is not None and local.is_dir() and self.out is not None and self.out.resolve().is_relative_to(local):
+        if local is not None and self.out is not None and self.out.resolve().is_relative_to(local):
             raise ConfigError(
                 f"out: {self.out} lies in the model's folder, which is never written to", hint="choose another --out"
             )
