@@ -50,7 +50,7 @@ class LongDataConfig:
     rows: int = 20_000
     """Training rows of needles."""
     copy_share: float = 0.4
-    """Share of the training rows in which a string is to be copied; small models learn lookups only beside them."""
+    """Share of the training rows in which a string is to be copied, as practice in looking back."""
     copy_words: int = 8
     """Names in such a string."""
     form: Form = "sentences"

@@ -1,7 +1,7 @@
 """Long documents with an answer somewhere in them: facts in filler, strings to copy, parts on sentence borders.
 
-A needle document is filler text with key-value facts at uniform depth, and questions about them at the end. Small
-models learn to look facts up only beside copy rows: a random string, filler, and the same string again as the reply.
+A needle document is filler text with key-value facts at uniform depth, and questions about them at the end. Beside
+them stand copy rows: a random string, filler, and the same string again as the reply.
 Everything is decided by the seed and the number of the row. Lengths are those of the whole conversation, special tokens
 included, in whatever `Size` counts: tokens of a tokenizer, or characters (`len`).
 """
@@ -26,7 +26,7 @@ Form = Literal["sentences", "pairs"]
 FORMS: dict[Form, tuple[str, str, str]] = {  # (fact, question, what a reply says before the value)
     "sentences": ("The code of {name} is {value}.", "What is the code of {name}?", ""),
     # The reply repeats the tokens of the fact, and nothing is between name and value: finding a fact is copying from
-    # where its name stands. With a space between them, small models stay at chance among the planted values.
+    # where its name stands.
     "pairs": (" {name}{value}.", "The {name}", " {name}"),
 }
 COPY_QUESTION = "Copy."
