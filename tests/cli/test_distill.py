@@ -146,7 +146,9 @@ def test_an_alarm_stops_the_run_and_another_action_goes_on(given, straight, tmp_
     assert main(arguments(start, out, "--force", "--on-alarm", "stop", checkpoint_every=1)) == 2
     assert "stopped by an alarm at step 1 of 2: length drift: replies are 9" in capsys.readouterr().err
     assert main(arguments(start, out, "--force", "--on-alarm", "lower_rate", checkpoint_every=1)) == 0
-    table = json.loads((out / "summary.json").read_text())["tables"][2]
+    summary = json.loads((out / "summary.json").read_text())
+    table = summary["tables"][2]
+    assert int(summary["headline"]["alarms"]) == len(table["rows"])
     assert table["rows"][-1] == ["2", "length drift: replies are 9 tokens long"]
 
 

@@ -273,7 +273,9 @@ def _finish(config: DistillConfig, folder: RunFolder, found: tuple[Examined, Exa
     tables = [gate_table(config, before), held_out_table(before, after)]
     if alarms:
         rows = [[str(row["step"]), row["text"]] for row in alarms]
-        tables.append({"title": "Alarms of the adversarial stage", "columns": ["step", "what was seen"], "rows": rows})
+        tables.append(
+            {"title": "Alarms of the adversarial stage", "columns": ["step", "what was seen and done"], "rows": rows}
+        )
     shown = headline(before, after, alarms)
     metrics = {name: sum(values) / len(values) for name, values in _figures(after).items()}
     folder.write_summary({"verb": "distill", "headline": shown, "tables": tables, "metrics": metrics})
@@ -284,7 +286,9 @@ def _finish(config: DistillConfig, folder: RunFolder, found: tuple[Examined, Exa
         console.print(f"{name}: {value}")
     console.print(f"model: {config.out / 'model'}")
     console.print(f"report: {report}")
-    console.result({**metrics, "alarms": len(alarms), "model": str(config.out / "model"), "report": str(report)})
+    console.result(
+        {**metrics, "alarms": int(shown["alarms"]), "model": str(config.out / "model"), "report": str(report)}
+    )
 
 
 def _figures(after: Examined) -> dict[str, list[float]]:

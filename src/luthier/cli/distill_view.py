@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +119,15 @@ def held_out_table(before: Examined, after: Examined) -> dict[str, Any]:
     }
 
 
-def headline(before: Examined, after: Examined, alarms: Sequence[Any]) -> dict[str, str]:
-    """The figures that say whether the student got closer, or games its discriminator."""
+def headline(before: Examined, after: Examined, alarms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The figures that say whether the student got closer, or games its discriminator; `alarms`: rows of that kind."""
     ratio = [sum(seen.length) / sum(seen.teacher_length) for seen in (before, after)]
     accuracy = [bootstrap_mean(seen.accuracy) for seen in (before, after)]
     return {
         "held-out accuracy of the discriminator": f"{accuracy[1].text()}, before {accuracy[0].value:.3f}",
         "length over the teacher's": f"{ratio[1]:.3f}, before {ratio[0]:.3f}",
         "unique replies": f"{after.unique_share:.3f}, before {before.unique_share:.3f}",
-        "alarms": str(len(alarms)),
+        "alarms": str(sum(bool(row["name"]) for row in alarms)),
     }
 
 

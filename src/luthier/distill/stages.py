@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from luthier.core.console import Console
 from luthier.core.errors import DataError, UserError
 from luthier.core.run import RunFolder
-from luthier.distill.alarms import AlarmCallback
+from luthier.distill.alarms import ALARMS, AlarmCallback
 from luthier.distill.discriminator import Discriminator
 from luthier.distill.distill_config import DistillConfig
 from luthier.distill.gad_config import GADConfig, WarmupConfig
@@ -143,7 +143,7 @@ def learn(
 def play(
     config: DistillConfig, trainer: PacedGAD, stop_after: int, run: RunFolder | None, who: Ranks, console: Console
 ) -> tuple[Tuned, int]:
-    """The adversarial stage with its alarms, which go to the run as rows of kind alarm; returns as `learn`.
+    """The adversarial stage with its alarms; returns as `learn`. What is seen and done goes to rows of kind alarm.
 
     Raises: Alarmed when an alarm stopped it.
     """
@@ -151,7 +151,9 @@ def play(
     def tell(words: str) -> None:
         console.status(words)
         if run is not None:
-            run.log("alarm", step=trainer.state.global_step, text=words.partition(": ")[2])
+            text = words.partition(": ")[2]
+            name = text.partition(": ")[0] if text.partition(": ")[0] in ALARMS else ""  # else what was done about it
+            run.log("alarm", step=trainer.state.global_step, name=name, text=text)
 
     alarms = AlarmCallback(trainer, actions=config.on_alarm, tell=tell)
     trainer.add_callback(alarms)
