@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,8 +22,9 @@ CONFIG = QuantizeConfig(model="m")
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
 def test_shapes_come_from_a_model_without_storage(kind: str, tiny_folder: Callable[[str], Path]) -> None:
+    config = AutoConfig.from_pretrained(tiny_folder(kind))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_folder(kind)))
+        model = AutoModelForCausalLM.from_config(config)
     shapes = model_shapes(model)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
     inside = sum(p.numel() for p in model.model.layers.parameters())
@@ -51,14 +51,27 @@ def test_a_store_is_as_large_as_the_estimate_says(monkeypatch: pytest.MonkeyPatc
     assert store_bytes(128, 512, 4096) == 4 * 128 * 512 * 4096
 
 
+SEEN = """
+import numpy as np
+from luthier.quantize.memory import PeakMeter
+
+meter = PeakMeter()
+before = meter.read()["memory"]
+block = np.ones(100 * 2**20, dtype=np.uint8)
+del block
+print(before, meter.read()["memory"], meter.since_start, PeakMeter().read()["memory"])
+"""
+
+
 def test_the_meter_sees_memory_that_is_gone_again() -> None:
-    meter = PeakMeter()
-    assert meter.read()["memory"] < 50 * 2**20
-    block = np.ones(100 * 2**20, dtype=np.uint8)
-    del block
-    assert 90 * 2**20 < meter.read()["memory"] < 200 * 2**20
-    if meter.since_start:
-        assert PeakMeter().read()["memory"] < 50 * 2**20
+    # in a process of its own: a system may take idle pages from this one, which has run many tests, at any time
+    answer = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, check=True).stdout.split()
+    before, peak, later = (int(answer[place]) / 2**20 for place in (0, 1, 3))
+    assert before < 70
+    assert 90 < peak < 200
+    if answer[2] == "True":
+        assert before < 20
+        assert later < 50
 
 
 def test_the_line_compares(monkeypatch: pytest.MonkeyPatch) -> None:
