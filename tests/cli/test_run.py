@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.run import _inputs, read_recipe
+from luthier.cli.main import load_config
+from luthier.cli.run import STAGE_VERBS, StageConsole, _inputs, read_recipe, run_recipe
+from luthier.core.console import Console
 from luthier.core.errors import ConfigError
 
 Command = Callable[..., Any]
@@ -70,6 +73,8 @@ def test_set_changes_a_setting(tmp_path: Path) -> None:
         ("- pretrain a/b: {}", "the name 'a/b' is not made of"),
         ("- pretrain: 3", "got int 3, expected a mapping"),
         ("- pretrain: {out: x}", "`out` is set by the recipe"),
+        ("- pretrain: {say: [x]}", "`say` is text"),
+        ("- pretrain python: {}", "no stage is called that"),
         ("- pretrain: {stesp: 3}", r"pretrain\.stesp: no such setting \(did you mean 'steps'\?\)"),
         ("- pretrain: {steps: x}", r"pretrain\.steps: got str 'x', expected int"),
         ("- pretrain: {size: x}", r"pretrain\.size: got 'x', expected one of nano"),
@@ -207,3 +212,62 @@ def test_a_task_in_front_of_a_reference_stays_there(tmp_path):
     (_, stage) = read_recipe(recipe, tmp_path / "out")
     assert stage.config.tasks == (f"needle:{tmp_path}/out/01-problems/test-4.jsonl",)
     assert stage.needs == ("problems",)
+
+
+def test_a_verb_without_a_run_folder_gets_one(luthier: Command, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It rings. " * 500)
+    packed = "- compress: {files: ['TEXT'], out: '@/text.lut', model: none, force: true, say: 'A file, smaller.'}\n"
+    unpacked = "- decompress: {files: ['@compress/text.lut'], out: '@/text.txt', force: true}\n"
+    recipe = write(tmp_path, packed.replace("TEXT", str(tmp_path / "text.txt")) + unpacked)
+    outcome = luthier("run", recipe, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "== 01-compress\nA file, smaller.\n== 02-decompress\n" in outcome.err
+    first, second = tmp_path / "out" / "01-compress", tmp_path / "out" / "02-decompress"
+    assert (second / "text.txt").read_text() == "It rings. " * 500
+    done = json.loads((first / "stage.json").read_text())
+    assert done["result"]["files"][0]["bytes"] == 5000
+    assert done["processor_seconds"] >= 0
+    (table,) = json.loads((first / "summary.json").read_text())["tables"]
+    assert (table["title"], table["columns"][:2]) == ("files", ["file", "bytes"])
+    assert "text.txt" in (tmp_path / "out" / "report.html").read_text()
+    again = luthier("run", write(tmp_path, recipe.read_text().replace("smaller", "very small")), "--out", first.parent)
+    assert again.err.count("done before, skipped") == 2
+
+
+def test_a_short_result_is_a_headline_and_a_printed_table_is_kept(tmp_path: Path) -> None:
+    console = StageConsole(Console(out=io.StringIO()))
+    console.table("Figures", ["a"], [["1"]])
+    console.result({"answer": "7", "text": "x" * 100, "steps": [], "files": [{"name": "n", "bytes": 3}]})
+    assert console.summary() == {
+        "headline": {"answer": "7"},
+        "tables": [
+            {"title": "Figures", "columns": ["a"], "rows": [["1"]], "note": ""},
+            {"title": "files", "columns": ["name", "bytes"], "rows": [["n", 3]]},
+        ],
+    }
+
+
+def test_a_stage_that_is_left_out_runs_later(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    stage = f"{{files: ['{tmp_path / 'a.txt'}'], out: '@/a.lut', model: none, force: true}}"
+    recipe, err = write(tmp_path, f"- compress one: {stage}\n- compress two: {stage}\n"), io.StringIO()
+    console = Console(out=io.StringIO(), err=err)
+    run_recipe(recipe, tmp_path / "out", (), console, without={"one"})
+    assert "== 01-one: left out\n== 02-two\n" in err.getvalue()
+    assert not (tmp_path / "out" / "01-one").exists()
+    run_recipe(recipe, tmp_path / "out", (), console)
+    assert (tmp_path / "out" / "01-one" / "a.lut").is_file()
+    assert "== 02-two: done before, skipped" in err.getvalue()
+
+
+def test_the_texts_of_the_standard_library_can_be_named(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "- compress: {files: ['@python/pydoc_data/topics.py'], out: '@/topics.lut'}\n")
+    (stage,) = read_recipe(recipe, tmp_path / "out")
+    assert Path(stage.config.files[0]).is_file()
+    assert stage.config.out == tmp_path / "out" / "01-compress" / "topics.lut"
+    assert stage.needs == ()
+
+
+def test_no_verb_has_the_setting_that_a_recipe_takes_for_itself() -> None:
+    for verb in STAGE_VERBS:
+        assert "say" not in load_config(verb).__dataclass_fields__  # type: ignore[attr-defined]

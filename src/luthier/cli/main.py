@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Verb(NamedTuple):
     """Where a verb lives. `module` has `run(config, console)`; `extra` is what its heavy imports need.
 
-    A `stage` may stand in a recipe: its config has `out`, a run folder.
+    A `stage` makes its own run folder: its config has `out`. Around other verbs a recipe makes one, but for those that
+    stand `alone`: they wait for a person, or run recipes themselves.
     """
 
     summary: str
@@ -27,10 +28,13 @@ class Verb(NamedTuple):
     config: str
     extra: str = ""
     stage: bool = False
+    alone: bool = False
 
 
 VERBS = {
-    "tour": Verb("a model's whole life in minutes, on this machine", "luthier.cli.tour", "luthier.cli.tour:TourConfig"),
+    "tour": Verb(
+        "all of luthier in minutes, on this machine", "luthier.cli.tour", "luthier.cli.tour:TourConfig", alone=True
+    ),
     "pretrain": Verb(
         "train a model from random weights, or go on from an earlier run",
         "luthier.cli.pretrain",
@@ -190,9 +194,11 @@ VERBS = {
         stage=True,
     ),
     "solve": Verb("answer a question and check the steps", "luthier.cli.solve", "luthier.cli.solve:SolveConfig"),
-    "serve": Verb("an OpenAI-compatible server that reasons", "luthier.cli.serve", "luthier.cli.serve:ServeConfig"),
-    "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig"),
-    "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig"),
+    "serve": Verb(
+        "an OpenAI-compatible server that reasons", "luthier.cli.serve", "luthier.cli.serve:ServeConfig", alone=True
+    ),
+    "chat": Verb("talk to a local model or an endpoint", "luthier.cli.chat", "luthier.cli.chat:ChatConfig", alone=True),
+    "run": Verb("run a recipe, a YAML list of stages", "luthier.cli.run", "luthier.cli.run:RunConfig", alone=True),
     "report": Verb("write a run as one HTML file", "luthier.cli.report", "luthier.cli.report:ReportConfig"),
     "bench": Verb(
         "tokens per second of local models, in turn",

@@ -1,7 +1,8 @@
 """`luthier run RECIPE`: a YAML list of `verb: settings` stages, one run folder each. Unchanged stages are skipped.
 
-A stage's key is its verb, or `verb name` where a verb occurs twice. A setting that starts with `@name/` is a path
-inside the folder of that earlier stage.
+A stage's key is its verb, or `verb name` where a verb occurs twice. Its `say` is told before it runs. A setting that
+starts with `@name/` is a path inside the folder of that earlier stage, with `@/` inside the stage's own folder, with
+`@python/` inside the standard library of this Python, whose texts every machine has.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sysconfig
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,18 @@ from typing import Any
 import tyro
 
 from luthier.cli.main import VERBS, load_config
+from luthier.cli.run_summary import evaluations
 from luthier.core import config as config_
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, did_you_mean, require
 from luthier.core.files import read_json, sha256_file, write_json
 from luthier.core.run import RunFolder
 
-STAGE_VERBS = tuple(name for name, verb in VERBS.items() if verb.stage)
+STAGE_VERBS = tuple(name for name, verb in VERBS.items() if not verb.alone)
 REFERENCE = re.compile(r"([a-z-]+:)?@(.+)")
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+PYTHON = "python"
+SHOWN = 60  # characters of a value, at most, in the headline of a verb that has no summary of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,13 @@ class Stage:
     values: dict[str, Any]
     config: Any
     needs: tuple[str, ...]
+    say: str = ""
+    """What happens and why, for those who watch."""
+
+    @property
+    def done(self) -> Path:
+        """Written when the stage has ended: its hash, seconds, processor seconds, and result."""
+        return self.folder / "stage.json"
 
 
 def run(config: RunConfig, console: Console) -> None:
@@ -91,19 +104,28 @@ def dry_run(config: RunConfig, console: Console) -> None:
     console.result({"stages": results})
 
 
-def run_recipe(recipe: Path, out: Path, changes: Sequence[str], console: Console) -> None:
-    """Run a recipe file into `out`; stages whose settings and inputs are unchanged are skipped."""
+def run_recipe(
+    recipe: Path, out: Path, changes: Sequence[str], console: Console, *, without: Container[str] = ()
+) -> None:
+    """Run a recipe file into `out`; stages whose settings and inputs are unchanged are skipped.
+
+    without: names of stages that are left out, which the same recipe may run later.
+    """
     stages = read_recipe(recipe, out, changes)
     described = {"recipe": recipe.name, "stages": {stage.folder.name: {stage.verb: stage.values} for stage in stages}}
     if int(os.environ.get("RANK", "0")):  # under torchrun the first rank alone writes
         with _joined():
-            _run_stages(stages, console, mark=False)
+            _run_stages(stages, console, without, mark=False)
         return
     with contextlib.closing(RunFolder.open(out, described)) as folder:
         with _joined():
-            _run_stages(stages, console, mark=True)
-        results = {stage.name: RunFolder.read(stage.folder).summary for stage in stages}
-        folder.write_summary(_summary(results))
+            _run_stages(stages, console, without, mark=True)
+        results = {s.name: RunFolder.read(s.folder).summary for s in stages if s.done.exists()}
+        summary = _summary(results)
+        if table := evaluations([stage for stage in stages if stage.name in results]):
+            summary["tables"].insert(0, table)
+            console.table(**table)
+        folder.write_summary(summary)
         from luthier.report.html import write_report
 
         report = write_report(out)
@@ -123,22 +145,34 @@ def _joined() -> Iterator[None]:
         yield
 
 
-def _run_stages(stages: Sequence[Stage], console: Console, *, mark: bool) -> None:
+def _run_stages(stages: Sequence[Stage], console: Console, without: Container[str], *, mark: bool) -> None:
     """Run what is not done, and `mark` what was: with the hash of the stage's settings and of the stages it needs."""
     hashes: dict[str, str] = {}
     for stage in stages:
         needed = [hashes[name] for name in stage.needs]
         hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _inputs(stage.values)])
-        done = stage.folder / "stage.json"
-        if done.exists() and read_json(done)["sha256"] == hashes[stage.name]:
+        if stage.done.exists() and read_json(stage.done)["sha256"] == hashes[stage.name]:
             console.status(f"== {stage.folder.name}: done before, skipped")
             for table in RunFolder.read(stage.folder).summary.get("tables", []):
                 console.table(**table)
             continue
+        if stage.name in without:
+            console.status(f"== {stage.folder.name}: left out")
+            continue
         console.status(f"== {stage.folder.name}")
-        _run_stage(stage, console)
+        if stage.say:
+            console.status(stage.say)
+        began = _clocks()
+        result = _run_stage(stage, console, writes=mark)
+        seconds, processor = (now - before for now, before in zip(_clocks(), began, strict=True))
+        took = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
         if mark:
-            write_json(done, {"sha256": hashes[stage.name], "verb": stage.verb})
+            write_json(stage.done, {"sha256": hashes[stage.name], "verb": stage.verb, **took, "result": result})
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds, and those that processors worked for this process and its children."""
+    return time.monotonic(), sum(os.times()[:4])
 
 
 def _inputs(values: Any) -> dict[str, Any]:
@@ -155,24 +189,50 @@ def _inputs(values: Any) -> dict[str, Any]:
     return {values: sha256_file(path)} if path.is_file() else {}
 
 
-def _run_stage(stage: Stage, console: Console) -> None:
+def _run_stage(stage: Stage, console: Console, *, writes: bool) -> dict[str, Any]:
+    """Run one stage; returns its result. A verb without a run folder gets one, and runs on the rank that `writes`."""
     verb = VERBS[stage.verb]
     if verb.extra:
         require("torch", verb.extra)
         require("transformers", verb.extra)
-    importlib.import_module(verb.module).run(stage.config, StageConsole(console))
+    run, of_stage = importlib.import_module(verb.module).run, StageConsole(console)
+    if verb.stage:
+        run(stage.config, of_stage)
+    elif writes:
+        with contextlib.closing(RunFolder.open(stage.folder, {stage.verb: stage.values})) as folder:
+            run(stage.config, of_stage)
+            folder.write_summary({"verb": stage.verb, **of_stage.summary()})
+    return of_stage.values
 
 
 class StageConsole(Console):
-    """A stage writes through the recipe's console, but keeps its result for the recipe's own."""
+    """A stage writes through the recipe's console, but keeps its result for the recipe's own, and its tables."""
 
     def __init__(self, parent: Console) -> None:
         super().__init__(as_json=parent.as_json, out=parent.out, err=parent.err)
         self.values: dict[str, Any] = {}
+        self.tables: list[dict[str, Any]] = []
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+        """Print a table, and keep it."""
+        self.tables.append(
+            {"title": title, "columns": list(columns), "rows": [list(row) for row in rows], "note": note}
+        )
+        super().table(title, columns, rows, note)
 
     def result(self, values: dict[str, Any]) -> None:
         """Keep the result instead of printing it."""
         self.values = values
+
+    def summary(self) -> dict[str, Any]:
+        """What a run folder keeps of a verb without a summary: short values, its tables, lists of rows as tables."""
+        short = {k: v for k, v in self.values.items() if isinstance(v, str | int | float) and len(str(v)) <= SHOWN}
+        lists = {k: v for k, v in self.values.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)}
+        made = [
+            {"title": title, "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+            for title, rows in lists.items()
+        ]
+        return {"headline": short, "tables": [*self.tables, *made]}
 
 
 def _summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -212,11 +272,15 @@ def _problem(verb: str, name: str, values: Any, stages: Mapping[str, Any]) -> st
         return "this verb makes no stage" if verb in VERBS else f"no such verb{did_you_mean(verb, STAGE_VERBS)}"
     if not STAGE_NAME.fullmatch(name):
         return f"the name {name!r} is not made of letters, digits, - and _"
+    if name == PYTHON:
+        return f"@{PYTHON}/ is the standard library, so no stage is called that"
     if name in stages:
         return "a stage of that name exists already"
     if not isinstance(values, Mapping | None):
         return f"got {type(values).__name__} {values!r}, expected a mapping of settings"
-    if "out" in (values or {}):
+    if not isinstance((values or {}).get("say", ""), str):
+        return "`say` is text: what is told before the stage runs"
+    if "out" in (values or {}) and VERBS[verb].stage:
         return "`out` is set by the recipe: leave it out, and give --out for the whole run"
     return ""
 
@@ -232,18 +296,27 @@ def _apply(stages: Mapping[str, tuple[str, dict[str, Any]]], changes: Sequence[s
         config_.override(stages[name][1], rest)
 
 
-def _stage(name: str, verb: str, values: dict[str, Any], folders: Mapping[str, Path]) -> Stage:
+def _stage(name: str, verb: str, listed: dict[str, Any], folders: Mapping[str, Path]) -> Stage:
     needs: list[str] = []
+    values = {key: value for key, value in listed.items() if key != "say"}
     resolved = {key: _resolve(value, name, folders, needs) for key, value in values.items()}
-    config: Any = config_.build(load_config(verb), {**resolved, "out": str(folders[name])}, where=f"{name}.")
+    if VERBS[verb].stage:
+        resolved["out"] = str(folders[name])
     return Stage(
-        name=name, verb=verb, folder=folders[name], values=values, config=config, needs=tuple(dict.fromkeys(needs))
+        name=name,
+        verb=verb,
+        folder=folders[name],
+        values=values,
+        config=config_.build(load_config(verb), resolved, where=f"{name}."),
+        needs=tuple(dict.fromkeys(needs)),
+        say=str(listed.get("say", "")).strip(),
     )
 
 
 def _resolve(value: Any, stage: str, folders: Mapping[str, Path], needs: list[str]) -> Any:
     """Replace '@name/rest' by a path inside the folder of the earlier stage `name`, noting the name in `needs`.
 
+    '@/rest' is in the stage's own folder, and '@python/rest' in this Python's standard library.
     What a task is may stand before it: 'needle:@name/rest'.
     """
     if isinstance(value, list):
@@ -253,6 +326,9 @@ def _resolve(value: Any, stage: str, folders: Mapping[str, Path], needs: list[st
         return value
     prefix, (name, _, rest) = found[1] or "", found[2].partition("/")
     earlier = list(folders)[: list(folders).index(stage)]
+    known = {"": folders[stage], PYTHON: Path(sysconfig.get_path("stdlib"))}
+    if name in known:
+        return prefix + str(known[name] / rest)
     if name not in earlier:
         raise ConfigError(
             f"{stage}: {value!r} points to {name!r}, which is no earlier stage{did_you_mean(name, earlier)}",
