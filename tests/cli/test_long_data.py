@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_model_is_asked_for_needles_up_to_its_context(luthier, tmp_path, guess
     """A random model finds none and loses what a guess does; replies are kept for the next time."""
     made = luthier(
         *("long-data", "--out", tmp_path / "data", "--tokenizer", guesser, "--rows", 0, "--test", 3),
-        *("--test-lengths", 100, 128, "--depths", 0, 1, "--form", "pairs", "--facts", 1, "--questions", 1),
+        *("--test-lengths", 100, 128, 200, "--depths", 0, 1, "--form", "pairs", "--facts", 1, "--questions", 1),
     )
     assert made.code == 0, made.err
     name = f"needle:{tmp_path / 'data' / 'test.jsonl'}"
@@ -105,9 +106,15 @@ def test_a_model_is_asked_for_needles_up_to_its_context(luthier, tmp_path, guess
     assert outcome.code == 0, outcome.err
     cells = json.loads(outcome.out)[name]
     places = [(cell["length"], cell["depth"], cell["accuracy"]["n"]) for cell in cells]
-    assert places == [(n, depth, 6 if depth is None else 3) for n in (100, 128) for depth in (0.0, 1.0, None)]
-    assert all(abs(cell["loss"] - math.log(270)) < 1 for cell in cells)
+    assert places == [(n, depth, 6 if depth is None else 3) for n in (100, 128, 200) for depth in (0.0, 1.0, None)]
+    assert all(abs(cell["loss"] - math.log(270)) < 1 for cell in cells[:6])
+    assert [cell["too_long"] for cell in cells] == [0] * 6 + [3, 3, 6]  # they count as not found
+    answers = rows(tmp_path / "eval" / "answers.jsonl")
+    assert [row["method"] for row in answers] == ["length 100"] * 6 + ["length 128"] * 6 + ["length 200"] * 6
+    assert {row["status"] for row in answers[12:]} == {"failed"}
     again = luthier("eval", guesser, "--tasks", name, "--out", tmp_path / "eval", "--json")
     assert again.out == outcome.out
+    beside = luthier("eval", guesser, "--tasks", name, "--out", tmp_path / "other", "--against", tmp_path / "eval")
+    assert re.search(r"needle:test, length 128 +6 +\+0.000 \[\+0.000, \+0.000\]", beside.out)
     mixed = luthier("eval", guesser, "--tasks", name, "zebra", "--out", tmp_path / "mixed")
     assert "cannot stand beside needle:FILE" in mixed.error

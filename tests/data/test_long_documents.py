@@ -58,18 +58,21 @@ def test_training_rows_fill_their_length_and_answer_rightly(size, form) -> None:
             assert reply["content"] == (f" {name}{told}" if form == "pairs" else told)
 
 
-def test_copy_rows_have_their_string_in_the_document() -> None:
-    needles = Needles(copy_share=1.0, copy_words=5)
-    for number in range(10):
+def test_copy_rows_go_on_from_a_name_of_the_string_in_the_document() -> None:
+    needles, lengths = Needles(copy_share=1.0, copy_words=6, digits=2), set()
+    for number in range(40):
         user, reply = needles.training_row(number, 600)["messages"]
-        assert len(reply["content"].split()) == 5
-        assert user["content"].count(f"{reply['content']}\n") == 1  # with the space before its first name
-        assert user["content"].endswith("\nCopy.")
+        (string,) = re.findall(r"\n?((?: [A-Z][a-z]{3}(?:\d\d)?){6})\n", f" {user['content']}")
+        name = re.search(r"\nCopy from (\w+)\.$", user["content"])[1]
+        assert reply["content"] == string[string.index(f" {name}") :]
+        assert len(re.findall(r"\d\d", string)) == 3
+        lengths.add(len(reply["content"].split()))
+    assert lengths == {2, 3, 4, 5, 6}
 
 
 def test_the_share_of_copy_rows_is_kept() -> None:
     rows = [Needles(copy_share=0.4).training_row(number, 500) for number in range(400)]
-    copies = sum(row["messages"][0]["content"].endswith("Copy.") for row in rows)
+    copies = sum("\nCopy from " in row["messages"][0]["content"] for row in rows)
     assert 120 < copies < 200  # 4 standard deviations
 
 

@@ -9,6 +9,7 @@ import pytest
 from luthier.core.errors import DataError
 from luthier.core.stats import wilson
 from luthier.llm.scripted import ScriptedBackend
+from luthier.llm.types import ContextExceeded
 from luthier.tasks.needles import Reader, cells, find_needles, is_found
 from luthier.tasks.task import Problem
 
@@ -63,3 +64,18 @@ def test_problems_without_a_place_are_refused() -> None:
     plain = Problem(id="7", prompt="?", answer="1")
     with pytest.raises(DataError, match="problem 7: metadata has no length and depth"):
         asyncio.run(find_needles([plain], ScriptedBackend([]), None))
+
+
+def test_a_document_beyond_the_context_is_not_found_and_has_no_loss() -> None:
+    def score(prompt: str, completion: str) -> float:
+        if prompt.startswith("256"):
+            raise ContextExceeded("too long", hint="")
+        return -1.0
+
+    backend = ScriptedBackend(["471"], scores=score)
+    problems = [problem(64, 0.0), problem(256, 0.0), problem(256, 1.0)]
+    found = asyncio.run(find_needles(problems, backend, Reader(lambda prompt: prompt, lambda text: None)))
+    assert [(needle.correct, needle.too_long) for needle in found] == [(True, False), (False, True), (False, True)]
+    short, long = (cell for cell in cells(found) if cell.depth is None)
+    assert (short.accuracy, short.loss, short.too_long) == (wilson(1, 1), 1.0, 0)
+    assert (long.accuracy, long.loss, long.too_long) == (wilson(0, 2), None, 2)

@@ -1,7 +1,8 @@
 """Long documents with an answer somewhere in them: facts in filler, strings to copy, parts on sentence borders.
 
 A needle document is filler text with key-value facts at uniform depth, and questions about them at the end. Beside
-them stand copy rows: a random string, filler, and the same string again as the reply.
+them stand copy rows: a random string, filler, and the string again from one of its names on as the reply. Which name is
+random: a string that is copied whole can be learned by counting, which finds no facts.
 Everything is decided by the seed and the number of the row. Lengths are those of the whole conversation, special tokens
 included, in whatever `Size` counts: tokens of a tokenizer, or characters (`len`).
 """
@@ -29,7 +30,7 @@ FORMS: dict[Form, tuple[str, str, str]] = {  # (fact, question, what a reply say
     # where its name stands.
     "pairs": (" {name}{value}.", "The {name}", " {name}"),
 }
-COPY_QUESTION = "Copy."
+COPY_QUESTION = "Copy from {name}."
 _SENTENCE = re.compile(r".+?(?:[.!?]['\")\]]*(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
 _SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
 _SUBJECTS = ("the baker", "a sailor", "the old teacher", "my neighbor", "the child", "a farmer", "the king", "the dog")
@@ -91,7 +92,7 @@ class Needles:
     copy_share: float = 0.4
     """Share of the training rows in which a string is to be copied."""
     copy_words: int = 8
-    """Names in such a string."""
+    """Names in such a string; every other one has a value."""
     filler: Sequence[str] = field(default=(), repr=False)
     """Sentences to fill documents with, in their order from a random one on; empty: generated ones."""
     seed: int = 0
@@ -111,8 +112,8 @@ class Needles:
         """A row of kind `messages` of at most `length`: facts that are asked for, or a string to copy."""
         rng = random.Random(derive_seed(self.seed, "needle row", number, length))
         if rng.random() < self.copy_share:
-            string = " ".join(rng.sample(names(self.names), self.copy_words))
-            turns, planted = [(COPY_QUESTION, f" {string}")], [(rng.random(), f"\n {string}\n")]
+            string, turn = self._copy(rng)
+            turns, planted = [turn], [(rng.random(), f"\n{string}\n")]
         else:
             facts = self._facts(rng)
             turns = [self._turn(*fact) for fact in rng.sample(facts, self.questions)]
@@ -135,8 +136,19 @@ class Needles:
         row = {"id": f"{length}-{depth:g}-{number}", "prompt": messages[0]["content"], "answer": value}
         return {**row, "kind": "exact", "metadata": metadata}
 
+    def _copy(self, rng: random.Random) -> tuple[str, tuple[str, str]]:
+        """A string of names, half of them with values, and the question and reply that go on from one of the names."""
+        chosen, first = rng.sample(names(self.names), self.copy_words), rng.randrange(2)
+        values = [self._value(rng.randrange(10**self.digits)) if n % 2 == first else "" for n in range(len(chosen))]
+        pieces = [f" {name}{value}" for name, value in zip(chosen, values, strict=True)]
+        start = rng.randrange(max(1, self.copy_words - 1))
+        return "".join(pieces), (COPY_QUESTION.format(name=chosen[start]), "".join(pieces[start:]))
+
+    def _value(self, number: int) -> str:
+        return str(number).zfill(self.digits)
+
     def _facts(self, rng: random.Random) -> list[tuple[str, str]]:
-        values = [str(value).zfill(self.digits) for value in rng.sample(range(10**self.digits), self.facts)]
+        values = [self._value(number) for number in rng.sample(range(10**self.digits), self.facts)]
         return list(zip(rng.sample(names(self.names), self.facts), values, strict=True))
 
     def _fact(self, name: str, value: str) -> str:

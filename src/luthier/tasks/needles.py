@@ -2,7 +2,8 @@
 
 Instella's tests at tiny scale (arXiv 2511.10628; spec: sections 9.2 to 9.4). A problem's metadata say its length and
 depth, and the `lead` that comes before the answer in a reply. Correct: the answer is in the greedy reply, as a word of
-its own or after its lead. Loss: nats per token of the right answer, after the lead.
+its own or after its lead. Loss: nats per token of the right answer, after the lead. A document that is longer than the
+model's context is not found, and has no loss.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from luthier.core.errors import DataError
 from luthier.core.stats import Interval, wilson
-from luthier.llm.types import Backend, Request
+from luthier.llm.types import Backend, ContextExceeded, Request
 from luthier.tasks.task import Problem
 
 ROOM = 4  # tokens of a reply for each character of the right answer, and for as many words before it
@@ -32,7 +33,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Needle:
-    """One answer: whether it was right, and the nats and tokens of the right one (None where they are not known)."""
+    """One answer: whether it was right, and the nats and tokens of the right one (None where they are not known).
+
+    `too_long`: document and answer are longer than the model's context, so that it was not asked.
+    """
 
     length: int
     depth: float
@@ -40,16 +44,21 @@ class Needle:
     nats: float | None
     tokens: int | None
     reply: str
+    too_long: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The answers of one length and depth (None: of all depths). Loss in nats per token of the right answers."""
+    """The answers of one length and depth (None: of all depths). Loss in nats per token of the right answers.
+
+    `too_long`: how many documents do not fit into the model's context. They count as not found, and not in the loss.
+    """
 
     length: int
     depth: float | None
     accuracy: Interval
     loss: float | None
+    too_long: int
 
 
 async def find_needles(
@@ -71,10 +80,14 @@ async def find_needles(
     async def one(problem: Problem, length: int, depth: float) -> Needle:
         async with limit:
             nats = tokens = None
-            if reader is not None:
-                score = await backend.score(reader.render(problem.prompt) + lead(problem), problem.answer)
-                nats, tokens = -sum(token.logprob for token in score.tokens), len(score.tokens)
-            reply = await _reply(problem, backend, reader)
+            try:
+                if reader is not None:
+                    score = await backend.score(reader.render(problem.prompt) + lead(problem), problem.answer)
+                    nats, tokens = -sum(token.logprob for token in score.tokens), len(score.tokens)
+                reply = await _reply(problem, backend, reader)
+            except ContextExceeded:
+                advance()
+                return Needle(length, depth, False, None, None, "", too_long=True)
         advance()
         found = is_found(problem.answer, reply) or is_found(f"{lead(problem)}{problem.answer}".strip(), reply)
         return Needle(length, depth, found, nats, tokens, reply)
@@ -98,7 +111,8 @@ def cells(needles: Sequence[Needle]) -> Iterator[Cell]:
         here = [needle for needle in needles if needle.length == length]
         for depth in (*sorted({needle.depth for needle in here}), None):
             some = [needle for needle in here if depth is None or needle.depth == depth]
-            yield Cell(length, depth, wilson(sum(needle.correct for needle in some), len(some)), _loss(some))
+            share, left_out = wilson(sum(needle.correct for needle in some), len(some)), sum(n.too_long for n in some)
+            yield Cell(length, depth, share, _loss(some), left_out)
 
 
 def _loss(needles: Sequence[Needle]) -> float | None:
