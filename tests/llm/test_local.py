@@ -25,6 +25,7 @@ from transformers import (
 
 from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import Completion, LocalModel, Request, generation
+from luthier.llm.types import GO_ON
 
 Make = Callable[..., LocalModel]
 CHAT = [{"role": "user", "content": "hello"}]
@@ -394,6 +395,22 @@ def test_any_chat_template_is_used(local: Make, tokenizer: PreTrainedTokenizerFa
         assert tokenizer.decode(local()._encode(request)) == "[user] hello #"
     finally:
         tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize("template", ["instella", "{% for m in messages %}[{{ m.content }}]{% endfor %}"])
+def test_a_reply_that_was_begun_is_gone_on_with(local: Make, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = own if template == "instella" else template
+        asked = Request(messages=[*CHAT, {"role": "assistant", "content": "to\n"}], extra=GO_ON)
+        ids = local()._encode(asked)
+        assert ids == local()._encode(Request(messages=CHAT)) + tokenizer("to\n", add_special_tokens=False)["input_ids"]
+        assert not tokenizer.decode(ids).endswith(tokenizer.eos_token)
+        assert complete(local(), [asked])[0][0].text
+        with pytest.raises(ConfigError, match="the assistant's"):
+            complete(local(), [Request(messages=CHAT, extra=GO_ON)])
+    finally:
+        tokenizer.chat_template = own
 
 
 def test_stream_is_the_completion_in_pieces(local: Make) -> None:

@@ -29,10 +29,10 @@ from luthier.core.errors import ConfigError, EndpointError, UserError
 from luthier.core.seeds import derive_seed
 from luthier.data.chat import encode_chat
 from luthier.data.template import CHAT_TEMPLATE
-from luthier.data.tokenizer import num_ids
+from luthier.data.tokenizer import encode_texts, num_ids
 from luthier.llm import generation
 from luthier.llm.generation import Row, Vocabulary
-from luthier.llm.types import Completion, ContextExceeded, Request, Score, Usage
+from luthier.llm.types import GO_ON, Completion, ContextExceeded, Request, Score, Usage
 
 MERGE_WINDOW = 0.003  # seconds that a free worker waits for requests of the same moment
 UNBOUNDED = 1024  # default max_tokens of a model that names no context length
@@ -167,7 +167,7 @@ class LocalModel:
         return None if self.context_length is None else self.context_length - len(self._encode(request))
 
     def _rows(self, request: Request) -> list[Row]:
-        if unknown := set(request.extra) - {"chat_template_kwargs"}:
+        if unknown := set(request.extra) - {"chat_template_kwargs", *GO_ON}:
             raise ConfigError(
                 f"extra={sorted(unknown)} means nothing to a model in this process",
                 hint="leave it out, or use a server",
@@ -211,11 +211,12 @@ class LocalModel:
                     hint="it is a base model: ask with Request(prompt=...), on the command line with --raw",
                 )
             options = request.extra.get("chat_template_kwargs", {})
+            messages, begun = _unfinished(request)
             if self._tokenizer.chat_template == CHAT_TEMPLATE and not options:
-                return encode_chat(self._tokenizer, request.messages, add_generation_prompt=True).ids
-            messages = [dict(message) for message in request.messages]
+                asked = encode_chat(self._tokenizer, messages, add_generation_prompt=True).ids
+                return [*asked, *(encode_texts(self._tokenizer, [begun])[0] if begun else ())]
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(f"{text}{begun}", add_special_tokens=False)["input_ids"])
 
     def _beginning(self) -> int:
         """The token that stands before a document."""
@@ -306,6 +307,19 @@ class LocalModel:
             return rows
         finally:
             self._network.train(training)
+
+
+def _unfinished(request: Request) -> tuple[list[dict[str, str]], str]:
+    """The messages, and the reply that is to be gone on with; it stands last. '' when there is none."""
+    messages = [dict(message) for message in request.messages]
+    if not request.extra.get("continue_final_message"):
+        return messages, ""
+    if messages[-1]["role"] != "assistant":
+        raise ConfigError(
+            f"continue_final_message: the last message is the {messages[-1]['role']}'s, expected the assistant's",
+            hint="put the beginning of the reply last",
+        )
+    return messages[:-1], messages[-1]["content"]
 
 
 def _settle(future: Future[Any], result: Any = None, *, error: Exception | None = None) -> None:

@@ -21,6 +21,9 @@ FORMATS: tuple[Format, ...] = ("text", "json_object", "json_schema")
 KEY_VERSION = "luthier-request-1"
 
 
+# `Request.extra` that asks for the rest of an unfinished last message: vLLM's and SGLang's words for it.
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+
 # One turn of a conversation, {"role": ..., "content": ...}: the row format of TRL and of every chat API.
 Message = Mapping[str, str]
 

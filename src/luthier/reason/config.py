@@ -38,6 +38,10 @@ class ReasonConfig:
     prompts: Literal["full", "short", "plain", "text"] = "full"
     """Wording: full for general models, short for small ones that were taught it; plain: the bare question; text: the
     same without a chat template, for base models."""
+    steps: Literal["asked", "lines"] = "asked"
+    """Of ssr and ssr-lin. asked: the model turns its solution into small questions. lines: each line is a step,
+    answered again by going on from the lines before it, and mended by going on from its majority; needs a model in this
+    process, or a server that goes on with a reply (vLLM, SGLang)."""
     rounds: int = 3
     """R: refinements (SSR, Self-Refine), rounds of debate, contractions (Atom of Thoughts)."""
     samples: int = 5
@@ -117,6 +121,11 @@ class ReasonConfig:
                 raise ConfigError(f"{name} is {value}, expected more than 0", hint=f"leave {name} out for no limit")
         if self.trust is not None and not 0 < self.trust <= 1:
             raise ConfigError(f"trust is {self.trust}, expected a probability in (0, 1]", hint="for example 0.9")
+        if self.steps == "lines" and (self.method not in ("ssr", "ssr-lin") or self.reference_compat):
+            published = " as published" * self.reference_compat
+            raise ConfigError(
+                f"steps=lines: got method {self.method}{published}, expected ssr or ssr-lin", hint="use ssr:steps=lines"
+            )
         if unknown := set(self.checkers) - {"arithmetic", "sudoku", "zebra"}:
             raise ConfigError(
                 f"checkers: got {', '.join(sorted(unknown))}, expected some of arithmetic, sudoku, zebra",

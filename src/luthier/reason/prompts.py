@@ -65,6 +65,10 @@ class Prompts:
         """Think step by step, then answer."""
         return [_user(self.fill("solve", question=question))]
 
+    def go_on(self, question: str, begun: str) -> list[Message]:
+        """Solve, with the beginning of the reply given; the last message is the assistant's and unfinished."""
+        return [*self.solve(question), _assistant(begun)] if begun else self.solve(question)
+
     def solve_with_plan(self, question: str, plan: str) -> list[Message]:
         """As `solve`, along a plan."""
         return [_user(self.fill("solve_with_plan", question=question, plan=plan))]

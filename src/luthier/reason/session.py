@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from luthier.core.errors import ConfigError
 from luthier.core.seeds import derive_seed
-from luthier.llm.types import Backend, Completion, Message, Request, Usage
+from luthier.llm.types import GO_ON, Backend, Completion, Message, Request, Usage
 from luthier.reason.config import ReasonConfig
 from luthier.reason.prompts import PROMPTS, Step
 from luthier.reason.replies import read_score
@@ -165,10 +165,11 @@ class Session:
         json: bool = False,
         logprobs: bool = False,
         alone: bool = False,
+        stop: Sequence[str] = (),
     ) -> list[Completion]:
         """n samples of a reply. `alone`: without the conversation before the question; `first_sample` > 0 continues.
 
-        Raises: BudgetSpent, EndpointError.
+        Messages that end with the assistant's own are gone on with. Raises: BudgetSpent, EndpointError.
         """
         backend = self._models.of(role)
         whole = list(messages) if alone else [*self._context, *messages]
@@ -185,6 +186,8 @@ class Session:
             response_format={"type": "json_object"} if json else None,
             require_format=False,
             logprobs=logprobs,
+            stop=stop,
+            extra=GO_ON if not raw and whole[-1]["role"] == "assistant" else {},
         )
         self._calls += 1
         with self.trace.span("call", role, **_call_data(role, backend.model, request)) as span:

@@ -124,7 +124,7 @@ class SimulatedSolver:
         completions = []
         for index in range(request.first_sample, request.first_sample + request.n):
             first = index == request.first_sample
-            text = self.reply(request.messages, request.seed, index)
+            text = _cut(self.reply(request.messages, request.seed, index), request.stop)
             used = Usage(prompt_tokens=prompt * first, completion_tokens=len(text.split()), calls=int(first))
             self.usage += used
             completions.append(Completion(text=text, finish_reason="stop", index=index, usage=used))
@@ -153,6 +153,8 @@ class _Reply:
         self.asked = messages[-1]["content"]
 
     def text(self) -> str:
+        if self.messages[-1]["role"] == "assistant":
+            return self.go_on()
         for prompt, write in _KINDS.items():
             if _mark(prompt) in self.asked:
                 return write(self)
@@ -161,6 +163,13 @@ class _Reply:
     def solve(self) -> str:
         chain = Chain.read(self.asked)
         return _solution(chain, chain.follow(self.draw(chain, 1)))
+
+    def go_on(self) -> str:
+        """The rest of a solution that was begun, line by line."""
+        chain = Chain.read(self.messages[-2]["content"])
+        deviations = chain.deviations([value for _, value in _values(self.asked)])
+        following = chain.follow([*deviations, *self.draw(chain, len(deviations) + 1)])
+        return "\n".join(_solution(chain, following).split("\n")[len(deviations) :])
 
     def draw(self, chain: Chain, first: int) -> list[int]:
         """Deviations of the steps from `first` on."""
@@ -237,6 +246,10 @@ _KINDS = {
     "rewrite": _Reply.rewrite,
     "solve": _Reply.solve,
 }
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _mark(prompt: str) -> str:

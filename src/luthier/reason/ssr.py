@@ -6,6 +6,7 @@ stops by itself when no step is outvoted.
 
 from __future__ import annotations
 
+from luthier.reason.lines import rounds_on_lines
 from luthier.reason.prompts import Finding
 from luthier.reason.replies import read_score, read_tag
 from luthier.reason.session import Proposal, Session
@@ -15,7 +16,9 @@ from luthier.reason.steps import check, content, judge, refine, rewrite, select
 async def ssr_lin(session: Session) -> None:
     """One chain, then rounds of checking its steps and mending what is outvoted."""
     chain = await first_chain(session)
-    if chain is not None:
+    if chain is not None and session.config.steps == "lines":
+        await rounds_on_lines(session, chain)
+    elif chain is not None:
         await socratic_rounds(session, chain)
 
 

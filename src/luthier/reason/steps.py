@@ -7,16 +7,19 @@ not in those that follow from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from luthier.llm.types import Completion
+from luthier.llm.types import Completion, Message
 from luthier.reason.checkers import check_step
 from luthier.reason.prompts import Finding, Step
 from luthier.reason.replies import Unreadable, after_evaluation, read_score, read_steps
 from luthier.reason.session import CheckedStep, Proposal, Session, together
-from luthier.reason.votes import UNREAD, Vote, decided, tally_raw
+from luthier.reason.votes import UNREAD, decided, tally, tally_raw
 from luthier.tasks.answers import extract_answer
+
+Same = Callable[[Session, str, str], Awaitable[bool]]
 
 
 async def check(session: Session, proposal: Proposal) -> Proposal:
@@ -112,32 +115,48 @@ async def _by_votes(session: Session, earlier: Sequence[Step], step: Step) -> Ch
     key = (tuple(earlier), step.question)
     known = session.memo.get(key) if session.config.reuse_votes else None
     if known is not None:
-        return replace(await _weigh(session, step, known), decided_by="memo")
+        return replace(await weigh(session, step, known), decided_by="memo")
     answers, trusted = await resolve(session, earlier, step)
     session.memo[key] = answers
-    checked = await _weigh(session, step, answers)
+    checked = await weigh(session, step, answers)
     return replace(checked, decided_by="trust") if trusted else checked
 
 
 async def resolve(session: Session, earlier: Sequence[Step], step: Step) -> tuple[list[str | None], bool]:
     """Up to M re-answers of a step (None: unreadable), and whether the first one was trusted by itself."""
-    config = session.config
     messages = session.prompts.step(session.question, earlier, step.question)
     answers: list[str | None] = []
-    if config.trust is not None:
+    if session.config.trust is not None:
         (first,) = await session.ask("step", messages, logprobs=True)
         answers.append(extract_answer(first.text))
         if await _trusted(session, first, step.answer):
             return answers, True
+    return await sample_answers(session, messages, _answer_of, answers), False
+
+
+def _answer_of(reply: Completion) -> str | None:
+    return extract_answer(reply.text)
+
+
+async def sample_answers(
+    session: Session,
+    messages: Sequence[Message],
+    read: Callable[[Completion], str | None],
+    known: Sequence[str | None] = (),
+    *,
+    same: Same = Session.same,
+    stop: Sequence[str] = (),
+) -> list[str | None]:
+    """Re-answers to one question, M of them or until their majority stands; `known` are those that there are."""
+    config, answers = session.config, list(known)
     while len(answers) < config.samples:
         left = config.samples - len(answers)
-        if config.early_decision and decided(await session.tally(answers), left):
+        if config.early_decision and decided(await tally(answers, partial(same, session)), left):
             break
         # A majority of all samples is the soonest that anything can be decided; then one by one.
         n = min(left, max(config.samples // 2 + 1 - len(answers), 1)) if config.early_decision else left
-        replies = await session.ask("step", messages, n=n, first_sample=len(answers))
-        answers += [extract_answer(reply.text) for reply in replies]
-    return answers, False
+        answers += map(read, await session.ask("step", messages, n=n, first_sample=len(answers), stop=stop))
+    return answers
 
 
 async def _trusted(session: Session, reply: Completion, stated: str) -> bool:
@@ -162,11 +181,11 @@ def answer_probability(reply: Completion, answer: str) -> float:
     return math.exp(total)
 
 
-async def _weigh(session: Session, step: Step, answers: Sequence[str | None]) -> CheckedStep:
+async def weigh(session: Session, step: Step, answers: Sequence[str | None], same: Same = Session.same) -> CheckedStep:
     """Confidence and majority of a step from its re-answers."""
     config = session.config
     raw = config.reference_compat
-    votes = tally_raw(answers) if raw else await session.tally(answers)
+    votes = tally_raw(answers) if raw else await tally(answers, partial(same, session))
     leader = votes[0] if votes and votes[0].count >= config.min_votes else None
     majority = leader.answer if leader else None
     counts = tuple((vote.answer, vote.count) for vote in votes)
@@ -174,15 +193,15 @@ async def _weigh(session: Session, step: Step, answers: Sequence[str | None]) ->
         score = await session.match_score(step.answer, [UNREAD if a is None else a for a in answers])
         agrees = score == config.perfect_score
         return CheckedStep(step, counts, None if score is None else score / 5, agrees, majority, "judge")
-    matching = [vote for vote in votes if vote.answer == step.answer or (not raw and await _same(session, vote, step))]
+    matching = [
+        vote
+        for vote in votes
+        if vote.answer == step.answer or (not raw and await same(session, step.answer, vote.answer))
+    ]
     matches = sum(vote.count for vote in matching)
     # A tie is no reason to change anything.
     agrees = leader is None or leader in matching or leader.count <= matches
     return CheckedStep(step, counts, matches / len(answers), agrees, majority, "votes")
-
-
-async def _same(session: Session, vote: Vote, step: Step) -> bool:
-    return await session.same(step.answer, vote.answer)
 
 
 async def select(session: Session, proposal: Proposal) -> list[Finding]:
@@ -193,7 +212,7 @@ async def select(session: Session, proposal: Proposal) -> list[Finding]:
     """
     config, steps = session.config, proposal.steps
     if config.guard:
-        doubted = [i for i, step in enumerate(steps) if _is_refuted(step) or await _outvoted(session, step)]
+        doubted = [i for i, step in enumerate(steps) if _is_refuted(step) or await outvoted(session, step)]
     else:
         sure = all(step.confidence == 1.0 for step in steps)
         doubted = [] if sure else [i for i, step in enumerate(steps) if step.majority is not None or _is_refuted(step)]
@@ -210,8 +229,9 @@ def _is_refuted(step: CheckedStep) -> bool:
     return step.decided_by == "checker" and not step.agrees
 
 
-async def _outvoted(session: Session, step: CheckedStep) -> bool:
-    return not step.agrees and step.majority is not None and not await session.same(step.step.answer, step.majority)
+async def outvoted(session: Session, step: CheckedStep, same: Same = Session.same) -> bool:
+    """Whether the re-answers of a step have a majority, and it is not what the solution states."""
+    return not step.agrees and step.majority is not None and not await same(session, step.step.answer, step.majority)
 
 
 def _rank(session: Session, step: CheckedStep) -> float:
