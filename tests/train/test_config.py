@@ -8,11 +8,11 @@ import pytest
 from luthier.core.config import build
 from luthier.core.errors import ConfigError
 from luthier.models.arithmetic import SIZES
-from luthier.train.config import SIZE_PRESETS, PretrainConfig, Size
+from luthier.train.config import SIZE_PRESETS, VOCABULARIES, PretrainConfig, Size
 
 
 def test_every_size_has_a_preset_and_a_model() -> None:
-    assert set(SIZE_PRESETS) == set(SIZES) == set(typing.get_args(Size))
+    assert set(SIZE_PRESETS) == set(VOCABULARIES) == set(SIZES) == set(typing.get_args(Size))
 
 
 @pytest.mark.parametrize("size", SIZE_PRESETS)
@@ -24,6 +24,13 @@ def test_a_preset_sets_known_fields_to_valid_values(size: str) -> None:
 def test_the_defaults_are_the_preset_of_the_default_size() -> None:
     """So that PretrainConfig() in Python is the same as `luthier pretrain`."""
     assert build(PretrainConfig, {}) == PretrainConfig()
+
+
+def test_what_is_stored_says_the_size_that_was_used() -> None:
+    assert (PretrainConfig().size, PretrainConfig().vocab_size) == ("tiny", 4096)
+    assert PretrainConfig(size="nano").vocab_size == 2048
+    assert PretrainConfig(size="nano", vocab_size=300).vocab_size == 300
+    assert (PretrainConfig(start="s").size, PretrainConfig(start="s").vocab_size) == ("auto", 0)
 
 
 def test_3b_is_stage_one_of_the_paper() -> None:

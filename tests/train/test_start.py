@@ -248,7 +248,20 @@ def test_a_recipe_goes_on_from_its_first_stage(luthier: Command, text_file: Path
     assert outcome.err.count("done before, skipped") == 3
 
 
+def test_the_shape_is_the_starts_unless_it_is_said(
+    luthier: Command, trained: Path, text_file: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    options = [part for part in tiny if part not in ("--size", "nano", "--vocab-size", "300")]
+    outcome = luthier("pretrain", "--start", trained, "--data", text_file, "--out", tmp_path / "second", *options)
+    assert outcome.code == 0, outcome.err
+    made, start = (json.loads((run / "model" / "config.json").read_text()) for run in (tmp_path / "second", trained))
+    assert made["vocab_size"] == 300
+    assert made == start
+    unknown = luthier("pretrain", "--start", "somebody/hub-id", "--dry-run")
+    assert "so that its shape is not known" in unknown.error
+
+
 def test_a_dry_run_counts_the_model_of_the_start(luthier: Command, trained: Path) -> None:
-    outcome = luthier("pretrain", "--start", trained, "--size", "tiny", "--dry-run", "--json")
+    outcome = luthier("pretrain", "--start", trained, "--dry-run", "--json")
     parameters = sum(tensor.numel() for tensor in load_file(trained / "model" / "model.safetensors").values())
     assert json.loads(outcome.out)["parameters"] == f"{parameters:,}"

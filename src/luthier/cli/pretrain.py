@@ -14,7 +14,8 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     """Print what the run would cost."""
     start = outline(config.start) if config.start else None
     extra = {"start": config.start} if config.start else {}
-    tell_cost(f"pretrain {config.size}", config, console, size=start.dimensions if start else None, extra=extra)
+    name = "pretrain" if config.size == "auto" else f"pretrain {config.size}"
+    tell_cost(name, config, console, size=start.dimensions if start else None, extra=extra)
 
 
 def run(config: PretrainConfig, console: Console) -> None:

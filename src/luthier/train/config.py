@@ -15,19 +15,22 @@ Size = Literal["nano", "tiny", "small", "3b"]
 # the default corpus (more of them overfit it); their batch and length fill two cores. `3b` is the paper's stage 1.
 _LAPTOP = {"sequence_length": 256, "batch_size": 16, "micro_batch_size": 8, "warmup_steps": 50}
 SIZE_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {**_LAPTOP, "batch_size": 8, "vocab_size": 2048, "learning_rate": 4e-3, "steps": 1500},
-    "tiny": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 3e-3, "steps": 700},
-    "small": {**_LAPTOP, "vocab_size": 4096, "learning_rate": 2e-3, "steps": 700},
+    "nano": {**_LAPTOP, "batch_size": 8, "learning_rate": 4e-3, "steps": 1500},
+    "tiny": {**_LAPTOP, "learning_rate": 3e-3, "steps": 700},
+    "small": {**_LAPTOP, "learning_rate": 2e-3, "steps": 700},
     "3b": {
         "sequence_length": 4096,
         "batch_size": 1024,
         "micro_batch_size": 8,
         "warmup_steps": 2000,
-        "vocab_size": 50304,
         "learning_rate": 4e-4,
         "steps": 969_171,
     },
 }
+VOCABULARIES: dict[Size, int] = {"nano": 2048, "tiny": 4096, "small": 4096, "3b": 50304}
+"""Rows of the embedding that go with each size."""
+USUAL: Size = "tiny"
+"""The size of a run that begins with random weights, where none is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,13 @@ class PretrainConfig:
     """Train a causal language model from random weights (stage 1 of Instella's recipe) or from a start (stage 2)."""
 
     PRESET_FIELD: ClassVar[str] = "size"
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZE_PRESETS
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {**SIZE_PRESETS, "auto": SIZE_PRESETS[USUAL]}
 
     out: Path = Path("runs/pretrain")
     """Run folder; running the same command again resumes it."""
-    size: Size = "tiny"
-    """Sets width, depth, vocabulary, learning rate, batch and steps together; single settings override it."""
+    size: Literal[Size, "auto"] = "auto"
+    """Sets width, depth, vocabulary, learning rate, batch and steps together; single settings override it. auto: tiny;
+    with a start, its shape, and the other settings of tiny."""
     start: str = ""
     """Go on from here, with the model's shape and tokenizer: a run folder gives weights and optimizer moments, a model
     folder or hub id gives weights only. Steps, schedule, data and seed are those of this run. Empty: random weights.
@@ -57,8 +61,8 @@ class PretrainConfig:
     """Token shards to evaluate on when the corpora are token shards too (which cannot be split)."""
     tokenizer: str = ""
     """A folder or hub id with a tokenizer; empty: train a byte-level BPE on the training documents."""
-    vocab_size: int = 4096
-    """Rows of the embedding, and the size of a trained tokenizer."""
+    vocab_size: int = 0
+    """Rows of the embedding, and the size of a trained tokenizer; 0: as the size says, or the start's."""
     seed: int = 6198
     """Decides initial weights, data order and samples."""
 
@@ -119,10 +123,13 @@ class PretrainConfig:
     """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
 
     def __post_init__(self) -> None:
+        if not self.start:  # what is stored says what was used
+            object.__setattr__(self, "size", USUAL if self.size == "auto" else self.size)
+            object.__setattr__(self, "vocab_size", self.vocab_size or VOCABULARIES[self.size])  # type: ignore[index]
         _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every")
-        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate", "vocab_size")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate")
         _check_not_negative(self, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
-        _check_not_negative(self, "seed", "context_length")
+        _check_not_negative(self, "seed", "context_length", "vocab_size")
         _check_fraction(self, "held_out", "final_fraction")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: got {self.betas}, expected 0 to less than 1", hint="for example 0.9 0.95")

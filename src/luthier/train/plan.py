@@ -20,11 +20,17 @@ ASSUMED_MFU = 0.4
 
 
 def dimensions(config: PretrainConfig) -> Dimensions:
-    """The model that a config describes; ConfigError for another architecture, which only torch can count."""
+    """The model that a config describes. ConfigError for another architecture, which only torch can count, and for the
+    shape of a start that is not said."""
     if config.model:
         raise ConfigError(
             f"model: {config.model!r} is another architecture, whose size is known only once it is built",
             hint="drop --dry-run, or plan with one of the sizes",
+        )
+    if config.size == "auto" or not config.vocab_size:
+        raise ConfigError(
+            f"start: {config.start} is no Instella on this machine, so that its shape is not known",
+            hint="drop --dry-run, or give --size and --vocab-size",
         )
     return Dimensions(vocab_size=config.vocab_size, **size_table(config.size))  # type: ignore[arg-type]
 

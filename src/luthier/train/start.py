@@ -137,19 +137,21 @@ def read_config(source: str) -> PreTrainedConfig:
 def check_shape(config: PretrainConfig, start: ModelStart) -> None:
     """ConfigError when `size` or `vocab_size` says another shape than that of an Instella of a named size.
 
-    The shape of any other model is the start's, and `size` then sets batch, steps and learning rate only.
+    Where they say nothing, and for any other model, the shape is the start's; `size` then sets batch, steps and
+    learning rate only.
     """
     named = _size_name(start.config)
     if not named:
         return
-    if named != config.size:
+    if config.size not in ("auto", named):
         raise ConfigError(
-            f"size: got {config.size}, but {start.name} is of size {named}", hint=f"give --size {named} with this start"
+            f"size: got {config.size}, but {start.name} is of size {named}",
+            hint="drop --size: the start has one",
         )
-    if (rows := start.config.vocab_size) != config.vocab_size:
+    if (rows := start.config.vocab_size) != (config.vocab_size or rows):
         raise ConfigError(
             f"vocab_size: got {config.vocab_size}, but the embedding of {start.name} has {rows} rows",
-            hint=f"give --vocab-size {rows} with this start",
+            hint="drop --vocab-size: the start has its own",
         )
 
 
