@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test lint bench clean
 .DEFAULT_GOAL := run
 
-run: .venv/run.stamp        ## a model's whole life on this machine, in minutes
+run: .venv/run.stamp        ## all five systems on this machine, in about ten minutes
 	$(BIN)/luthier tour
 
 test: .venv/dev.stamp       ## all tests that this machine can run
@@ -26,7 +26,7 @@ bench: .venv/dev.stamp      ## rerun the benchmarks and append to benchmarks/res
 	touch $@
 
 .venv/run.stamp: .venv/pip.stamp pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[torch]'
+	$(BIN)/pip install --quiet --editable '.[train]'
 	touch $@
 
 .venv/dev.stamp: .venv/pip.stamp pyproject.toml

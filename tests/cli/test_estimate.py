@@ -121,6 +121,17 @@ def test_a_text_from_training_is_said_to_be_no_bound(
     assert "trained on a copy under another name, which seems to be this text: this is NOT an upper bound" in words
 
 
+def test_what_training_kept_away_is_no_text_from_training(
+    luthier: Command, text: Path, causal: Path, tmp_path: Path
+) -> None:
+    data = [{"name": "a book [held out]", "sha256": open_source(str(text)).sha256}]
+    model = LlamaForCausalLM.from_pretrained(causal)
+    save_pretrained(model, byte_tokenizer(), tmp_path / "model", {"verb": "test", "data": data})
+    words = estimate(luthier, text, "--model", tmp_path / "model", *QUICK)["statement"]
+    assert "training kept a book [held out] away" in words
+    assert "NOT an upper bound" not in words
+
+
 def test_random_letters_are_never_compressible(luthier: Command, tmp_path: Path) -> None:
     """Six bits each, whatever learns them."""
     letters = "".join(chr(0x30 + number) for number in range(64))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from luthier.data.sources import TextSource
     from luthier.entropy.code_length import CodeLength
 
+HELD_OUT = "[held out]"  # ends the names of what a run kept away from its training
 Sizes = Mapping[str, tuple[float, float | None] | str]
 """Bits per byte of each compressor, cold and (if there is a given text) conditional; or why it cannot run."""
 
@@ -99,21 +100,22 @@ def statement(found: Found, source: TextSource, *, mode: str, model: str, lossle
     parts.append(UPPER_BOUND)
     if not lossless:
         parts.append("The tokenizer does not reproduce this text exactly, so this is NOT an upper bound.")
-    if model and (seen := _seen(model, source)):
-        parts.append(f"The model was trained on {seen}, which seems to be this text: this is NOT an upper bound.")
-    elif model:
-        parts.append("Whether the model has seen this text in training is not known here.")
+    if model:
+        parts.append(_history(model, source))
     return parts
 
 
-def _seen(model: str, source: TextSource) -> str:
-    """The training corpus of a model that is this very text, by its hash or its name; empty if there is none."""
+def _history(model: str, source: TextSource) -> str:
+    """What the model's provenance says of this very text, by its hash or its name."""
     from luthier.models.load import read_provenance
 
     for entry in read_provenance(Path(model)).get("data", []):
         if entry.get("sha256") == source.sha256 or entry.get("name") == source.name:
-            return str(entry.get("name"))
-    return ""
+            name = str(entry.get("name"))
+            if name.endswith(HELD_OUT):
+                return f"The model's training kept {name} away, which seems to be this text."
+            return f"The model was trained on {name}, which seems to be this text: this is NOT an upper bound."
+    return "Whether the model has seen this text in training is not known here."
 
 
 def result(

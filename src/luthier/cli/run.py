@@ -11,7 +11,9 @@ import contextlib
 import importlib
 import os
 import re
+import shutil
 import sysconfig
+import textwrap
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ STAGE_VERBS = tuple(name for name, verb in VERBS.items() if not verb.alone)
 REFERENCE = re.compile(r"([a-z-]+:)?@(.+)")
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 PYTHON = "python"
+WIDEST = 100  # characters of a line of prose
 SHOWN = 60  # characters of a value, at most, in the headline of a verb that has no summary of its own
 
 
@@ -159,15 +162,24 @@ def _run_stages(stages: Sequence[Stage], console: Console, without: Container[st
         if stage.name in without:
             console.status(f"== {stage.folder.name}: left out")
             continue
-        console.status(f"== {stage.folder.name}")
+        console.status(f"\n== {stage.folder.name}")
         if stage.say:
-            console.status(stage.say)
+            console.status(paragraph(stage.say))
         began = _clocks()
         result = _run_stage(stage, console, writes=mark)
         seconds, processor = (now - before for now, before in zip(_clocks(), began, strict=True))
         took = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
         if mark:
             write_json(stage.done, {"sha256": hashes[stage.name], "verb": stage.verb, **took, "result": result})
+
+
+def paragraph(text: str, first: str = "", rest: str = "") -> str:
+    """Text in lines as wide as the terminal, at most 100 characters, and what the first and other lines begin with."""
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    fill = textwrap.TextWrapper(
+        width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return fill.fill(text)
 
 
 def _clocks() -> tuple[float, float]:
