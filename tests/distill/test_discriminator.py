@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from luthier.core.errors import CheckpointError
-from luthier.distill.adversary import Adversary, AdversarySettings
+from luthier.distill.adversary import Adversary, AdversarySettings, micro_batches
 from luthier.distill.discriminator import HEAD, Discriminator, load_discriminator, save_discriminator
 from luthier.distill.objective import bradley_terry
 from luthier.distill.replies import make_duels, pad_right
@@ -50,6 +50,8 @@ def test_a_score_depends_neither_on_padding_nor_on_the_batch(name):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert together.std() > 0.05
     right = pad_right(SEQUENCES, CPU)
+    unmasked = discriminator(right["input_ids"], None, right["last"])
+    torch.testing.assert_close(unmasked, alone, rtol=1e-5, atol=1e-5)
     shift = [right["input_ids"].shape[1] - int(mask.sum()) for mask in right["attention_mask"]]
     left = {
         key: torch.stack([row.roll(by) for row, by in zip(right[key], shift, strict=True)])
@@ -130,6 +132,41 @@ def test_an_update_is_the_gradient_of_the_whole_loss(settings, monkeypatch):
     assert told["used"] == 1
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kept", [1, 2, 9])
+def test_kept_graphs_change_nothing_but_the_number_of_passes(name, kept, monkeypatch):
+    sides = [
+        Adversary(
+            discriminator_of(name),
+            Accelerator(cpu=True),
+            AdversarySettings(learning_rate=1e-2, micro_batch_size=2, kept_graphs=graphs),
+        )
+        for graphs in (0, kept)
+    ]
+    passes = [count_passes(adversary, monkeypatch) for adversary in sides]
+    for _ in range(2):
+        scored = [adversary.scored(DUELS) for adversary in sides]
+        assert all(map(torch.equal, scored[0].scores, scored[1].scores))
+        told = [adversary.update(DUELS, seen) for adversary, seen in zip(sides, scored, strict=True)]
+        assert told[0] == told[1]
+    assert all(map(torch.equal, *(adversary.parameters for adversary in sides)))
+    assert [len(made) for made in passes] == [2 * 6, 2 * (6 - min(kept, 3))]  # three micro-batches, two updates
+
+
+def count_passes(adversary, monkeypatch):
+    """The sizes of all batches that a discriminator is run on, as they come."""
+    made, forward = [], adversary._forward
+    monkeypatch.setattr(adversary, "_forward", lambda sequences: made.append(len(sequences)) or forward(sequences))
+    return made
+
+
+def test_micro_batches_are_few_about_equal_and_of_similar_lengths():
+    sequences = [([1] * length, [2]) for length in (5, 1, 4, 2, 3, 9, 7)]
+    assert micro_batches(sequences, 3) == [[1, 3, 4], [2, 0, 6], [5]]
+    assert [len(rows) for rows in micro_batches(sequences, 6)] == [4, 3]
+    assert micro_batches(sequences, 99) == [[1, 3, 4, 2, 0, 6, 5]]
 
 
 def test_the_gradient_is_clipped(monkeypatch):

@@ -44,6 +44,18 @@ def unpadded(output, kind):
     return [row[mask.bool()].tolist() for row, mask in pairs]
 
 
+def keep_scores(trainer, **changes):
+    """What the discriminator says of each rollout from now on, as it says it; `changes` are handed on in its place."""
+    kept, original = [], trainer.adversary.scored
+
+    def scored(duels):
+        kept.append(original(duels))
+        return kept[-1]._replace(**changes)
+
+    trainer.adversary.scored = scored
+    return kept
+
+
 def test_rewards_are_the_scores_before_the_discriminator_learns(make_trainer, duel_rows):
     trainer = make_trainer()
     before = copy.deepcopy(trainer.adversary.discriminator)
@@ -55,6 +67,20 @@ def test_rewards_are_the_scores_before_the_discriminator_learns(make_trainer, du
     assert not torch.allclose(scores, after)
     torch.testing.assert_close(output["advantages"], group_advantages(scores, 4, eps=1e-4))
     assert output["advantages"].view(2, 4).sum(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_rollout_is_run_once_for_rewards_and_update_to_the_same_weights(make_trainer, duel_rows, steps):
+    """Two micro-batches: kept, they are run once an update; else once more."""
+    kept = make_trainer(discriminator_steps=steps)
+    again = make_trainer(discriminator_steps=steps, discriminator_kept_graphs=0)
+    passes = [0, 0]
+    for which, trainer in enumerate((kept, again)):
+        trainer.adversary.discriminator.register_forward_hook(lambda *_, n=which: passes.__setitem__(n, passes[n] + 1))
+        rollout(trainer, duel_rows[:2])
+        assert trainer._scored is None  # its graphs are gone
+    assert_same(weights(kept.adversary.discriminator), weights(again.adversary.discriminator))
+    assert passes == [2 * steps, 4 * steps]
 
 
 def test_what_is_scored_is_what_was_sampled_and_never_the_teacher(make_trainer, duel_rows):
@@ -200,8 +226,9 @@ def test_a_residual_reward_has_no_length_in_it(make_trainer, duel_rows):
     trainer = make_trainer(adversarial_reward="residual", max_completion_length=12)
     with torch.no_grad():
         trainer.model.lm_head.weight[trainer._tokenizer.eos_token_id] *= 40  # lengths must vary
+    kept = keep_scores(trainer)
     output = rollout(trainer, duel_rows[:2])
-    scores, lengths = trainer._scores[0], trainer._duels.student_lengths
+    scores, lengths = kept[-1].scores[0], trainer._duels.student_lengths
     assert len(set(lengths.tolist())) > 2
     residual, explained = length_residual(scores, lengths, 4)
     torch.testing.assert_close(output["advantages"], group_advantages(residual, 4, eps=1e-4))

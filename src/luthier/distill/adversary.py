@@ -1,19 +1,21 @@
 """The discriminator's side of GAD, arXiv 2511.10643 section 2.1: it scores rollouts and learns from them.
 
-The loss is a function of the scores alone. Its slope by each score is computed first, from scores that are known
-already where the rollout was rewarded with them; then each micro-batch is run once with gradients, so memory is that of
-one micro-batch however many replies a prompt has. Gradients are summed over ranks by hand, in one call per update:
-every rank makes the same number of updates whatever it sampled.
+The loss is a function of the scores alone. Its slope by each score is computed first; then each micro-batch passes
+its slopes back. The graphs of the last micro-batches are kept from scoring, the others are run again: so memory is that
+of a few micro-batches however many replies a prompt has, and a rollout of so few is run once, for rewards and update
+together. Gradients are summed over ranks by hand, in one call per update: every rank makes the same number of updates
+whatever it sampled.
 
 Departures: a teacher reply is scored once and not once per sample; the mean is over all pairs of all ranks exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +27,7 @@ from luthier.core.errors import CheckpointError, DataError
 from luthier.core.files import atomic_folder, read_json, write_json
 from luthier.distill.discriminator import Discriminator
 from luthier.distill.objective import bradley_terry, length_matched, pair_accuracy
-from luthier.distill.replies import Duels, pad_right
+from luthier.distill.replies import Duels, Ids, pad_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,9 @@ class AdversarySettings:
     max_grad_norm: float = 0.2
     """Largest L2 norm of the gradient."""
     micro_batch_size: int = 8
-    """Sequences of one rank in one forward pass; changes speed and memory, not the result."""
+    """Most sequences of one rank in one forward pass; changes speed and memory, not the result."""
+    kept_graphs: int = 2
+    """Micro-batches that are not run again to learn from them; changes speed and memory, not the result."""
     length_tolerance: float | None = None
     """Learn only from pairs whose lengths differ by at most this much in |ln ratio|; None: from all."""
     label_smoothing: float = 0.0
@@ -50,6 +54,15 @@ class AdversarySettings:
     """Weight of the squared sum of a pair's scores."""
     checkpoint_activations: bool = False
     """Less memory, about a third more time."""
+
+
+class Scored(NamedTuple):
+    """Replies as the discriminator sees them before it learns from them."""
+
+    scores: tuple[Tensor, Tensor]
+    """Of the student replies (N,) and of the teacher replies (P,), in fp32 and without a gradient."""
+    batches: list[tuple[list[int], Tensor | None]]
+    """Micro-batches: rows of all N + P sequences, and their scores with a graph, where it was kept."""
 
 
 @dataclass
@@ -74,31 +87,35 @@ class Adversary:
             lr=self.settings.learning_rate,
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
+            fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
 
-    @torch.no_grad()
     def scores(self, duels: Duels) -> tuple[Tensor, Tensor]:
         """Scores of the student replies (N,) and of the teacher replies (P,), in fp32 and without a gradient."""
-        flat = torch.zeros(len(duels.students) + len(duels.teachers), device=self.accelerator.device)
-        for rows, scored in self._micro_batches(duels):
-            flat[rows] = scored
-        return flat[: len(duels.students)], flat[len(duels.students) :]
+        return self._score(duels, 0).scores
 
-    def update(self, duels: Duels, scores: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
-        """One step on all pairs of all ranks. `scores` are those of `self.scores`, if the weights did not move since.
+    def scored(self, duels: Duels) -> Scored:
+        """The same scores, with the graphs of `kept_graphs` micro-batches for the update that follows."""
+        return self._score(duels, self.settings.kept_graphs)
+
+    def update(self, duels: Duels, scored: Scored | None = None) -> dict[str, float]:
+        """One step on all pairs of all ranks. `scored` is of `self.scored`, if the weights did not move since.
 
         Returns the loss in nats per pair, the share of pairs used and the gradient's norm before clipping, over ranks.
         """
-        student, teacher = (side.detach().requires_grad_() for side in scores or self.scores(duels))
+        scored = scored or self.scored(duels)
+        student, teacher = (side.detach().requires_grad_() for side in scored.scores)
         loss, used = self._loss(student, teacher, duels)
         slopes = torch.cat(torch.autograd.grad(loss, [student, teacher]))
         totals = self._sum(torch.stack([loss.detach(), used, used.new_tensor(len(duels.students))]))
         pairs = float(totals[1])
         if pairs == 0:  # on all ranks together, so none of them waits for another
             return {"loss": float("nan"), "used": 0.0, "grad_norm": float("nan")}
-        for rows, scored in self._micro_batches(duels):
-            (scored * slopes[rows]).sum().backward()
-        norm = self._step(pairs)
+        sequences, slopes = duels.sequences(), slopes / pairs
+        for rows, kept in scored.batches:
+            found = self._forward([sequences[row] for row in rows]) if kept is None else kept
+            (found * slopes[rows]).sum().backward()
+        norm = self._step()
         return {"loss": float(totals[0]) / pairs, "used": pairs / float(totals[2]), "grad_norm": norm}
 
     def accuracy(self, scores: tuple[Tensor, Tensor], duels: Duels) -> Tensor:
@@ -114,25 +131,34 @@ class Adversary:
         options = {"smoothing": self.settings.label_smoothing, "centering": self.settings.centering}
         return bradley_terry(student, teacher, duels.owner, weights=weights, **options), weights.sum()
 
-    def _micro_batches(self, duels: Duels) -> Iterator[tuple[list[int], Tensor]]:
-        """(rows, scores of these rows) over all sequences, those of similar length together."""
+    def _score(self, duels: Duels, kept: int) -> Scored:
+        """All sequences in micro-batches, those of similar length together; the last `kept` with their graphs."""
         sequences = duels.sequences()
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row][0]) + len(sequences[row][1]))
-        for start in range(0, len(order), self.settings.micro_batch_size):
-            rows = order[start : start + self.settings.micro_batch_size]
-            batch = pad_right([sequences[row] for row in rows], self.accelerator.device)
-            with self.accelerator.autocast():
-                scored = self.discriminator(**batch)
-            yield rows, scored
+        batches = micro_batches(sequences, self.settings.micro_batch_size)
+        flat = torch.zeros(len(sequences), device=self.accelerator.device)
+        found = list[tuple[list[int], Tensor | None]]()
+        for number, rows in enumerate(batches):
+            keep = len(batches) - number <= kept
+            with torch.set_grad_enabled(keep):
+                scored = self._forward([sequences[row] for row in rows])
+            flat[rows] = scored.detach()
+            found.append((rows, scored if keep else None))
+        return Scored((flat[: len(duels.students)], flat[len(duels.students) :]), found)
 
-    def _step(self, pairs: float) -> float:
-        """Sum the gradients over ranks, divide by the number of pairs, clip, update."""
-        flat = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
-        flat = self._sum(flat).div_(pairs)
-        for p in self.parameters:
-            if p.grad is not None:
-                p.grad.copy_(flat[: p.numel()].view_as(p))
-                flat = flat[p.numel() :]
+    def _forward(self, sequences: list[tuple[Ids, Ids]]) -> Tensor:
+        batch = pad_right(sequences, self.accelerator.device)
+        with self.accelerator.autocast():  # padding comes after all that counts, so nothing need be masked
+            scored: Tensor = self.discriminator(batch["input_ids"], None, batch["last"])
+        return scored
+
+    def _step(self) -> float:
+        """Sum the gradients over ranks, clip, update."""
+        if self.accelerator.num_processes > 1:
+            flat = self._sum(torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]))
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad.copy_(flat[: p.numel()].view_as(p))
+                    flat = flat[p.numel() :]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,3 +191,10 @@ class Adversary:
             ) from error
         self.updates = int(state["updates"])
         return state
+
+
+def micro_batches(sequences: Sequence[tuple[Ids, Ids]], most: int) -> list[list[int]]:
+    """Places of all sequences, sorted by length, in as few batches of at most `most` as there can be, about equal."""
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row][0]) + len(sequences[row][1]))
+    size = math.ceil(len(order) / math.ceil(len(order) / most))
+    return [order[start : start + size] for start in range(0, len(order), size)]

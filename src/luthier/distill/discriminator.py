@@ -54,9 +54,12 @@ class Discriminator(nn.Module):
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
-        """Scores (B,) in fp32 of rows (B, T) whose last reply token stands at `last` (B,); padding on either side."""
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, last: Tensor) -> Tensor:
+        """Scores (B,) in fp32 of rows (B, T) whose last reply token stands at `last` (B,); padding on either side.
+
+        Without a mask, padding must be on the right.
+        """
+        positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         )

@@ -67,7 +67,9 @@ class GADConfig(GRPOConfig):
     discriminator_max_grad_norm: float = 0.2
     """Its largest gradient norm."""
     discriminator_micro_batch_size: int | None = None
-    """Sequences of a forward pass; None takes per_device_train_batch_size."""
+    """Most sequences of a forward pass; None takes per_device_train_batch_size."""
+    discriminator_kept_graphs: int = 2
+    """So many of its forward passes are kept from the rewards to its first update and not run again."""
     discriminator_steps: int = 1
     """Its updates per rollout."""
     discriminator_accuracy_band: list[float] | None = None
@@ -126,6 +128,7 @@ class GADConfig(GRPOConfig):
             weight_decay=self.discriminator_weight_decay,
             max_grad_norm=self.discriminator_max_grad_norm,
             micro_batch_size=self.discriminator_micro_batch_size or self.per_device_train_batch_size,
+            kept_graphs=self.discriminator_kept_graphs,
             length_tolerance=self.discriminator_length_tolerance,
             label_smoothing=self.discriminator_label_smoothing,
             centering=self.discriminator_centering,

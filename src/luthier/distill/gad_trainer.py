@@ -29,7 +29,7 @@ from trl import GRPOTrainer
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.seeds import derive_seed
-from luthier.distill.adversary import Adversary
+from luthier.distill.adversary import Adversary, Scored
 from luthier.distill.discriminator import Discriminator
 from luthier.distill.gad_config import GADConfig
 from luthier.distill.objective import (
@@ -104,7 +104,8 @@ class GADTrainer(GRPOTrainer):
         self._prompt_ids: list[Ids] = []
         self._teacher_texts: list[str] = []
         self._duels: Duels | None = None
-        self._scores: tuple[Tensor, Tensor] | None = None
+        self._notes: dict[str, Tensor] = {}
+        self._scored: Scored | None = None
         self._informative: Tensor | None = None
 
     # What TRL calls, in the order of one iteration.
@@ -125,14 +126,14 @@ class GADTrainer(GRPOTrainer):
     def adversarial_reward(self, completion_ids: list[Ids], **columns: Any) -> list[float | None]:
         """One reward for each sampled reply of this rank: by the discriminator as it is before it learns from them."""
         self._duels = self._make_duels(completion_ids)
-        self._scores = self.adversary.scores(self._duels)
+        self._scored = self._score(self._duels)
         kind = self.args.adversarial_reward
         if kind == "length":
             lengths = self._duels.teacher_lengths[self._duels.owner]
             return length_reward(self._duels.student_lengths, lengths).tolist()
         if kind == "random":
             return self._noise(len(completion_ids)).tolist()
-        return self._scores[0].tolist()
+        return self._scored.scores[0].tolist()
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         self._teacher_texts = [self._teacher_text(row) for row in inputs]  # TRL keeps some columns from rewards
@@ -149,8 +150,10 @@ class GADTrainer(GRPOTrainer):
             start = self.accelerator.process_index * len(inputs)
             output["advantages"] = output["advantages"] * self._informative[start : start + len(inputs)]
         self._measure()
-        if self._mode == "train" and not self.args.discriminator_frozen:  # never in an evaluation
+        self._write_notes()
+        if self._learns:
             self._update_discriminator()
+        self._scored = None  # with its graphs
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -179,6 +182,15 @@ class GADTrainer(GRPOTrainer):
     def _mode(self) -> str:
         """TRL's names for what the model is in."""
         return "train" if self.model.training else "eval"  # type: ignore[union-attr]
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the discriminator learns from this rollout: never in an evaluation."""
+        return self._mode == "train" and not self.args.discriminator_frozen
+
+    def _score(self, duels: Duels) -> Scored:
+        """Scores by the discriminator as it is, with graphs where it learns from them."""
+        return self.adversary.scored(duels) if self._learns else Scored(self.adversary.scores(duels), [])
 
     def save_adversary(self, folder: Path) -> None:
         """Write the discriminator, its optimizer and its pace to a folder that is complete or absent."""
@@ -216,6 +228,7 @@ class GADTrainer(GRPOTrainer):
         sampled = self._generate([row["prompt"] for row in rows])[1]
         duels = self._make_duels(sampled)
         self._metrics["eval"].clear()  # they belong to no evaluation
+        self._notes.clear()
         self.model.train(was_training)  # type: ignore[union-attr]
         return duels
 
@@ -259,10 +272,10 @@ class GADTrainer(GRPOTrainer):
     def _measure(self) -> None:
         """Note what the discriminator makes of this rollout before it learns from it."""
         assert self._duels is not None
-        assert self._scores is not None
-        student, teacher = self._scores
+        assert self._scored is not None
+        student, teacher = self._scored.scores
         opponents, lengths = teacher[self._duels.owner], self._duels.teacher_lengths[self._duels.owner]
-        self._note(ACCURACY, self.adversary.accuracy(self._scores, self._duels))
+        self._note(ACCURACY, self.adversary.accuracy(self._scored.scores, self._duels))
         self._note("discriminator/student_score", student)
         self._note("discriminator/teacher_score", opponents)
         self._note("completions/teacher_length", lengths)
@@ -271,18 +284,24 @@ class GADTrainer(GRPOTrainer):
 
     def _update_discriminator(self) -> None:
         assert self._duels is not None
-        scores = self._scores  # those of the first update: the weights have not moved since
+        scored = self._scored  # for the first update: the weights have not moved since
         for _ in range(self.discriminator_steps):
-            told = self.adversary.update(self._duels, scores)
-            scores = None
+            told = self.adversary.update(self._duels, scored)
+            scored = None
         for name, value in told.items():
             self._metrics["train"][f"discriminator/{name}"].append(value)
         self._metrics["train"]["discriminator/steps"].append(self.discriminator_steps)
 
     def _note(self, name: str, values: Tensor) -> None:
-        """Log the mean of values over ranks, all of which hold the same number of them."""
-        mean = gather(values.to(self.accelerator.device, torch.float32)).mean()
-        self._metrics[self._mode][name].append(float(mean))
+        """Keep the mean of values, to be logged over ranks, all of which hold the same number of them."""
+        self._notes[name] = values.to(self.accelerator.device, torch.float32).mean()
+
+    def _write_notes(self) -> None:
+        """Log what was noted of this rollout: one exchange between ranks, and one wait for the device."""
+        means = gather(torch.stack(list(self._notes.values()))[None]).mean(0).tolist()
+        for name, mean in zip(self._notes, means, strict=True):
+            self._metrics[self._mode][name].append(mean)
+        self._notes.clear()
 
 
 def _check_source(model: str | PreTrainedModel, args: GADConfig, peft_config: Any) -> None:
