@@ -348,6 +348,7 @@ def test_a_run_logs_its_rewards_and_says_what_changed(straight):
     assert len(first) == 2  # one rollout has two updates
     assert all(logged <= set(row) for row in first)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-7)  # it starts as its own reference
+    assert all("policy_loss" in row and "loss" not in row for row in rows)  # it is not in nats per token
     assert rows[-1]["kl"] > 0
     summary = json.loads((straight / "summary.json").read_text())
     (table,) = summary["tables"]

@@ -147,8 +147,13 @@ class Tuned:
     state_dict: dict[str, torch.Tensor]
 
 
-def fit(trainer: Trainer, config: TuningConfig, run: RunFolder | None, who: Ranks, console: Console) -> Tuned:
-    """Train, resuming from the newest whole checkpoint; Ctrl-C and SIGTERM save and stop. All ranks call it."""
+def fit(
+    trainer: Trainer, config: TuningConfig, run: RunFolder | None, who: Ranks, console: Console, *, loss: str = "loss"
+) -> Tuned:
+    """Train, resuming from the newest whole checkpoint; Ctrl-C and SIGTERM save and stop. All ranks call it.
+
+    loss: what the rows of metrics.jsonl call it; `loss` alone is shown in nats per token.
+    """
     folder = Path(str(trainer.args.output_dir))
     with who.main_first():
         if who.is_main:
@@ -158,7 +163,7 @@ def fit(trainer: Trainer, config: TuningConfig, run: RunFolder | None, who: Rank
         console.status(f"resuming at step {step_of(last)}")
     if run is not None:
         run.rewind(step_of(last) if last else 0)
-    watch = Watch(config, run, who, console)
+    watch = Watch(config, run, who, console, loss)
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     with stop_requests() as watch.stop, watch.showing(), quiet_libraries():
@@ -201,8 +206,10 @@ def step_of(checkpoint: Path) -> int:
 class Watch(TrainerCallback):
     """Writes the trainer's metrics to the run folder, moves the progress bar, and stops when asked to."""
 
-    def __init__(self, config: TuningConfig, run: RunFolder | None, who: Ranks, console: Console) -> None:
-        self.config, self.run, self.who, self.console = config, run, who, console
+    def __init__(
+        self, config: TuningConfig, run: RunFolder | None, who: Ranks, console: Console, loss: str = "loss"
+    ) -> None:
+        self.config, self.run, self.who, self.console, self.loss = config, run, who, console, loss
         self.stop = threading.Event()
         self.seconds = 0.0
         self._advance: Advance | None = None
@@ -254,6 +261,7 @@ class Watch(TrainerCallback):
                 hint="lower the learning rate or lengthen the warm-up; earlier checkpoints are intact",
             )
         if self.run is not None:
+            values = {self.loss if key == "loss" else key: value for key, value in values.items()}
             kind = "eval" if held_out else "train"
             seconds = round(time.perf_counter() - self._began, 3)
             self.run.log(kind, step=state.global_step, seconds=seconds, **(held_out or values))

@@ -144,7 +144,7 @@ def mathrl(
                 who,
                 peft_config=lora(model, config),
             )
-        tuned = fit(trainer, trainer.pace, run, who, console)
+        tuned = fit(trainer, trainer.pace, run, who, console, loss="policy_loss")
         if not tuned.finished or not held_out:
             return tuned, {"questions": len(practice)}, []
         after = final_answers(config, exam, held_out, tuned, who)

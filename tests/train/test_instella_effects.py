@@ -1,0 +1,92 @@
+"""The benchmark of the recipe's effects: its controls, its seeds, and how two stages are compared. No training here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from luthier.cli.run import read_recipe
+from luthier.core.config import dump_yaml
+from luthier.core.files import atomic_write
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def effects() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import instella_effects
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    return instella_effects
+
+
+def stages_of(effects: ModuleType, folder: Path, seed: int) -> dict:
+    text = [{f"{verb} {name}": values} for name, (verb, values) in effects.reseeded(effects.listed(()), seed).items()]
+    atomic_write(folder / "recipe.yaml", dump_yaml(text))
+    return {stage.name: stage for stage in read_recipe(folder / "recipe.yaml", folder)}
+
+
+def test_seed_0_is_the_recipe_and_others_move_every_seed(effects, tmp_path) -> None:
+    recipe = read_recipe(ROOT / "recipes" / "instella-tiny.yaml", tmp_path)
+    first, second = (stages_of(effects, tmp_path, seed) for seed in (0, 1))
+    for stage in recipe:
+        assert first[stage.name].config == stage.config
+    for name, stage in first.items():
+        moved = second[name].config
+        if stage.verb == "eval":
+            assert moved == stage.config
+        elif hasattr(moved, "seed"):
+            assert moved.seed == stage.config.seed + 1000
+
+
+def test_a_control_differs_from_its_stage_in_what_its_name_says(effects) -> None:
+    stages = effects.listed(["stage2-a.steps=7", "mathrl.steps=4"])
+    assert stages["stage2-long"] == ("pretrain", stages["stage2-a"][1] | {"steps": 21})
+    assert stages["sft-more"][1] == stages["sft"][1] | {"model": "@dpo/model", "steps": 52}
+    assert stages["dpo-sum"][1] == stages["dpo"][1] | {"loss": "sum", "beta": 0.5}
+    assert stages["extend-keep"][1] == stages["extend"][1] | {"theta": "keep"}
+    assert stages["needles-keep"][1] == stages["needles-long"][1] | {"model": "@extend-keep/model"}
+
+
+def test_every_line_names_stages_that_there_are(effects) -> None:
+    stages = effects.listed(())
+    lines = effects.effects(stages)
+    assert list(lines) == ["stage2", "soup", "format", "dpo", "grpo", "theta"]
+    assert {stage for some in lines.values() for line in some for stage in line.stages} <= set(stages)
+
+
+def test_only_what_an_effect_needs_is_run(effects, tmp_path) -> None:
+    stages_of(effects, tmp_path, 0)
+    assert effects.needed(tmp_path / "recipe.yaml", tmp_path, {"needles-keep"}) == {
+        *("needles-keep", "extend-keep", "longer", "long-data", "short"),
+    }
+
+
+SCORES = {
+    "one": {"a": (3.0, 3.0), "b": (1.0, 1.0), "c": (0.0, 1.0)},
+    "two": {"a": (3.0, 3.0), "b": (0.0, 1.0)},
+    "three": {"a": (0.0, 3.0), "b": (1.0, 1.0)},
+}
+
+
+def test_stages_are_compared_on_the_items_of_all_by_their_weights(effects, tmp_path) -> None:
+    def line(**more):
+        return effects.Line("x", lambda run, stage: SCORES[stage], ("one",), ("two", "three"), "y", **more)
+
+    found = effects.measure(line(), tmp_path)
+    assert (found.ours, found.theirs) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert found.difference == pytest.approx(0.5)
+    assert effects.measure(line(best=True), tmp_path).theirs == pytest.approx(0.75)
+    assert effects.measure(line(best=True, lower=True), tmp_path).theirs == pytest.approx(0.25)
+
+
+def test_an_interval_over_seeds_is_students(effects) -> None:
+    found = effects.over_seeds([1.0, 2.0, 3.0])
+    assert found.value == pytest.approx(2.0)
+    assert found.high - found.value == pytest.approx(4.303 / 3**0.5)
+    assert effects.over_seeds([1.0]) is None
