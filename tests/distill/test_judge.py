@@ -5,20 +5,26 @@ import random
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from luthier.core.errors import EndpointError
 from luthier.distill.judge import (
+    Judgement,
     JudgeSettings,
     Pair,
     Verdict,
+    at_equal_length,
     by_length,
     compare,
+    first_requests,
+    length_controlled,
     matched,
     rate,
     read_scores,
     read_verdict,
     references,
+    summarize,
 )
 from luthier.llm.scripted import Reply, ScriptedBackend
 from luthier.llm.types import Completion, Request
@@ -62,7 +68,11 @@ def longer(first: str, second: str) -> str:
     return "Verdict: tie" if len(first) == len(second) else f"Verdict: {1 if len(first) > len(second) else 2}"
 
 
-MIXED = [Pair("Q", "good x", "bad x")] * 3 + [Pair("Q", "bad x", "good x")] + [Pair("Q", "bad x", "bad y")] * 2
+MIXED = [
+    *(Pair(f"Q{number}", "good x", "bad x") for number in range(3)),
+    Pair("Q3", "bad x", "good x"),
+    *(Pair(f"Q{number}", "bad x", "bad y") for number in (4, 5)),
+]
 
 
 def test_a_fair_judge_is_counted() -> None:
@@ -161,7 +171,7 @@ def test_score_ratios_are_averaged_over_both_orders() -> None:
 
 
 def test_length_does_not_pass_for_quality() -> None:
-    pairs = [Pair("Q", "x" * 30, "x" * 10)] * 5 + [Pair("Q", "x" * 10, "x" * 10)] * 5
+    pairs = [Pair(f"Q{n}", "x" * (30 if n < 5 else 10), "x" * 10) for n in range(10)]
     verdict = run(longer, pairs)
     assert verdict.rate.value == 0.75
     bins = by_length(verdict.judgements)
@@ -171,6 +181,84 @@ def test_length_does_not_pass_for_quality() -> None:
     assert equal[:] == (0.5, 0.5, 0.5, 5)
     assert matched(verdict.judgements[:5]) is None
     assert matched(verdict.judgements, length=lambda reply: 1).value == 0.75  # type: ignore[union-attr]
+
+
+def test_pairs_of_one_prompt_are_drawn_together() -> None:
+    """Ten pairs of two prompts know as little as two: the interval reaches from all lost to all won."""
+    pairs = [Pair("Q0", "good", "bad")] * 5 + [Pair("Q1", "bad", "good")] * 5
+    assert run(better, pairs).rate == (0.5, 0.0, 1.0, 2)
+
+
+def sized(first: int, second: int, points: float, number: int) -> Judgement:
+    return Judgement(Pair(f"Q{number}", "x" * first, "x" * second), (points, points))
+
+
+def test_what_length_explains_is_taken_out() -> None:
+    """A judge who mostly prefers what is longer, and nothing else: the first ones are mostly longer, and no better."""
+    lengths = [(30, 10)] * 60 + [(10, 30)] * 20 + [(20, 20)] * 20
+    points = [0.9] * 60 + [0.1] * 20 + [0.5] * 20
+    seen = [sized(*both, won, number) for number, (both, won) in enumerate(zip(lengths, points, strict=True))]
+    assert summarize(seen).rate.value == pytest.approx(0.66)
+    found = length_controlled(seen)
+    assert found is not None
+    assert found.value == pytest.approx(0.5, abs=0.03)
+    assert found.low - 0.01 < 0.5 < found.high
+    assert found.n == 100
+
+
+def test_quality_is_left_where_lengths_tell_nothing() -> None:
+    equal = [sized(20, 20, won, number) for number, won in enumerate([1.0] * 15 + [0.0] * 5)]
+    balanced = [sized(*both, won, n) for n, (both, won) in enumerate([((30, 10), 1.0), ((10, 30), 1.0)] * 15)]
+    for seen, rate_left in ((equal, 0.75), (balanced, 1.0)):
+        found = length_controlled(seen)
+        assert found is not None
+        assert found.value == pytest.approx(rate_left, abs=1e-4)
+
+
+def test_the_fit_has_no_slope_left() -> None:
+    """The optimum of the penalized likelihood, by its gradient from finite differences."""
+    rng = np.random.default_rng(0)
+    feature, weights = rng.normal(size=60), rng.integers(0, 3, 60).astype(float)
+    points = (rng.random(60) < 1 / (1 + np.exp(-0.4 - 1.5 * feature))).astype(float)
+
+    def loss(a: float, b: float) -> float:
+        logits = a + b * feature
+        return float(weights @ (np.logaddexp(0, logits) - points * logits) + b * b / (2 * 3**2))
+
+    found = at_equal_length(points, feature, weights)
+    a = float(np.log(found / (1 - found)))
+    best = min(np.linspace(-3, 3, 6001), key=lambda b: loss(a, b))
+    assert (loss(a + 1e-4, best) - loss(a - 1e-4, best)) / 2e-4 == pytest.approx(0, abs=2e-2)
+
+
+def test_equal_lengths_that_were_never_seen_are_not_guessed() -> None:
+    longer_all = [sized(30, 10 + number, 1.0, number) for number in range(9)]
+    assert length_controlled(longer_all) is None
+    assert length_controlled([Judgement(Pair("Q", "a", "b"), (None, 1.0))]) is None
+
+
+def test_nothing_more_is_asked_after_a_failure_and_what_is_under_way_is_waited_for() -> None:
+    answered = list[int]()
+
+    class Failing(ScriptedBackend):
+        async def complete(self, request: Request) -> list[Completion]:
+            number = len(self.requests)
+            found = await super().complete(request)
+            if number == 2:
+                raise EndpointError("down", hint="wait")
+            await asyncio.sleep(0.02)
+            answered.append(number)
+            return found
+
+    backend = Failing(lambda request, index: "Verdict: 1")
+    with pytest.raises(EndpointError, match="down"):
+        asyncio.run(compare(backend, MIXED, JudgeSettings(at_once=4)))
+    assert (len(backend.requests), sorted(answered)) == (4, [0, 1, 3])
+
+
+def test_what_will_be_asked_is_known_before() -> None:
+    pairs = [*MIXED, Pair("Q0", "good x", "bad x"), Pair("Q9", "same", "same")]
+    assert len(first_requests(pairs, JudgeSettings())) == 2 * 6 + 1
 
 
 def test_references_are_the_judges_own_answers() -> None:

@@ -229,7 +229,8 @@ def _open_teacher(config: CollectConfig, spent: Usage) -> Backend:
         backend = BracketBackend(open_brackets(config.model))
     else:
         backend = open_model(config.model, endpoint=config.endpoint, device=config.device, concurrency=config.at_once)
-    within = BudgetedBackend(backend, **_limits(config), price=_price(config), spent=spent)
+    limits = limits_of(config.budget, "collecting")
+    within = BudgetedBackend(backend, **limits, price=_price(config), spent=spent)
     return CachedBackend(within, config.cache, identity=_identity(config)) if config.cache else within
 
 
@@ -237,10 +238,11 @@ def _price(config: CollectConfig) -> Callable[[str, Usage], float | None] | None
     return Prices.read(config.prices).cost if config.prices else None
 
 
-def _limits(config: CollectConfig) -> dict[str, Any]:
-    limits = read_budget(config.budget)
+def limits_of(budget: Sequence[str], what: str) -> dict[str, Any]:
+    """Limits such as calls=40 as those of a `BudgetedBackend`; `what` spends it. Raises: ConfigError."""
+    limits = read_budget(budget)
     if "max_seconds" in limits:
-        raise ConfigError("budget: collecting has no limit in seconds", hint="use calls, tokens or dollars")
+        raise ConfigError(f"budget: {what} has no limit in seconds", hint="use calls, tokens or dollars")
     return {LIMITS[name]: value for name, value in limits.items()}
 
 

@@ -1,4 +1,4 @@
-"""`luthier gauge MODEL …`: how far students are from the bracket teacher, exactly, and from one another."""
+"""`luthier gauge`: how far students are from the bracket teacher, exactly, or which replies a judge prefers."""
 
 from __future__ import annotations
 
@@ -30,18 +30,36 @@ PRIMARY = "valid at teacher's lengths"
 
 @dataclass(frozen=True, kw_only=True)
 class GaugeConfig:
-    """Measure students of the bracket teacher by its known probabilities; others are compared with the first."""
+    """Compare students with the first of them: by the known probabilities of the bracket teacher, or by a judge.
+
+    With --judge the positional arguments are sets of replies to the same prompts, from `luthier collect`.
+    """
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Model folders or hub ids."""
-    teacher: Path
+    """Model folders or hub ids; for a judge folders of `luthier collect`, or files with prompt and completion."""
+    teacher: Path | None = None
     """Folder of `luthier collect` with the teacher brackets."""
+    judge: str | None = None
+    """In its place: a model that is shown two replies to a prompt, in both orders, and names the better one; its name
+    on the server, or a model folder."""
+    endpoint: str | None = None
+    """URL of the judge's OpenAI-compatible server (OPENAI_API_KEY is used if set); by default it runs in this
+    process."""
+    budget: tuple[str, ...] = ()
+    """Limits of the judge over all runs in this folder, kept before each request: calls=1000, tokens=200000
+    (generated), dollars=5."""
+    prices: Path | None = None
+    """YAML file with dollars per million tokens, by model: NAME: {input: 0.05, output: 0.2}."""
+    at_once: int = 16
+    """The judge's requests in flight."""
+    max_tokens: int = 1024
+    """Longest verdict of the judge in tokens."""
     split: Literal["test", "validation"] = "test"
     """Whose prompts are asked; choose on validation, report on test."""
     temperatures: tuple[float, ...] = (1.0,)
     """Each model is sampled at each; a lower one costs no training, so compare with it."""
     samples: int = 8
-    """Replies to each prompt."""
+    """Replies to each prompt; for a judge at most so many of those that are there."""
     raw: bool = False
     """Prompts are texts to continue, without chat format."""
     seed: int = 0
@@ -57,16 +75,56 @@ class GaugeConfig:
                 "gauge needs a model, a temperature and a sample at least",
                 hint="luthier gauge runs/sft/model --teacher …",
             )
+        self._check_judge()
         if min(self.temperatures) <= 0:
             raise ConfigError(
                 f"temperatures: got {min(self.temperatures)}, expected more than 0", hint="0.3 is a low one"
             )
 
+    def _check_judge(self) -> None:
+        if (self.teacher is None) == (self.judge is None):
+            raise ConfigError(
+                "gauge needs either teacher, one that is known exactly, or judge, and not both",
+                hint="luthier gauge MODEL … --teacher runs/brackets, or luthier gauge REPLIES REPLIES --judge NAME",
+            )
+        if self.judge is None:
+            idle = [name for name in ("endpoint", "budget", "prices") if getattr(self, name)]
+        else:
+            idle = [name for name, plain in (("raw", False), ("temperatures", (1.0,))) if getattr(self, name) != plain]
+        if idle:
+            words = "without a judge" if self.judge is None else "of replies that are there already"
+            raise ConfigError(f"{', '.join(idle)}: there is none {words}", hint="leave it out")
+        if self.judge is not None and len(self.models) < 2:
+            raise ConfigError(
+                "judge: got one set of replies, expected two or more", hint="luthier collect … makes them of any model"
+            )
+        if self.at_once < 1 or self.max_tokens < 1:
+            raise ConfigError("at_once and max_tokens must be at least 1", hint="leave them out")
+
+
+def dry_run(config: GaugeConfig, console: Console) -> None:
+    """Print how many replies are sampled, or how many calls of the judge there are and the most that they can cost."""
+    if config.judge is not None:
+        from luthier.cli.gauge_judge import planned
+
+        rows = planned(config)
+    else:
+        _teacher(config)
+        replies = len(config.models) * len(config.temperatures) * len(_prompts(config)) * config.samples
+        rows = [["students", f"{len(config.models)}"], ["replies sampled", f"{replies:,}"]]
+    console.table(f"gauge {' '.join(config.models)}", ["quantity", "value"], rows)
+    console.result(dict(rows))
+
 
 def run(config: GaugeConfig, console: Console) -> None:
-    """Sample, measure, and print the tables."""
+    """Sample and measure, or ask the judge, and print the tables."""
     from luthier.report.html import write_report
 
+    if config.judge is not None:
+        from luthier.cli.gauge_judge import run as judge
+
+        judge(config, console)
+        return
     teacher = _teacher(config)
     prompts = _prompts(config)
     may_change = ("out", "device")
@@ -89,6 +147,7 @@ def run(config: GaugeConfig, console: Console) -> None:
 
 
 def _teacher(config: GaugeConfig) -> BracketTeacher:
+    assert config.teacher is not None
     record = config.teacher / "teacher.json"
     name = str(read_json(record)["model"]) if record.is_file() else ""
     if name.partition(":")[0] != BRACKETS:
@@ -103,6 +162,7 @@ def _teacher(config: GaugeConfig) -> BracketTeacher:
 
 def _prompts(config: GaugeConfig) -> list[str]:
     """The different prompts of the split, in order."""
+    assert config.teacher is not None
     file = config.teacher / f"{config.split}.jsonl"
     if not file.is_file():
         raise DataError(f"{file}: missing", hint=f"collect with --{config.split} above 0, or more prompts")
