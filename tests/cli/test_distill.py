@@ -130,9 +130,12 @@ def test_what_is_done_is_not_done_again(given, straight):
 
 @pytest.mark.slow
 def test_another_arm_begins_after_the_same_warm_up(given, straight, tmp_path):
-    """The reward of this one is length alone, so no gate stops it."""
+    """The reward of this one is length alone, so no gate stops it. Its evaluations look for what alarms need."""
     out = tmp_path / "run"
-    assert main(arguments({**given, "model": straight}, out, reward="length")) == 0
+    assert main(arguments({**given, "model": straight}, out, reward="length", eval_every=1, fresh_steps=2)) == 0
+    fresh = [row["fresh_accuracy"] for row in rows(out / "gad", "eval") if "fresh_accuracy" in row]
+    assert len(fresh) == 2
+    assert all(0 <= accuracy <= 1 for accuracy in fresh)
     assert not (out / "warmup").exists()
     assert (out / "gad" / "before.json").read_text() == (straight / "gad" / "before.json").read_text()
     summary = json.loads((out / "summary.json").read_text())
@@ -168,6 +171,10 @@ def test_a_dry_run_counts_updates_tokens_and_memory(given, tmp_path, capsys):
     train = len((given["teacher"] / "train.jsonl").read_text().splitlines())
     assert f"{train // 4 * 2:,}" in told.split("updates of the adversarial stage")[1].splitlines()[0]
     assert "reference of the KL term" in told
+    assert "fresh discriminator" not in told
+    fresh = arguments(given, tmp_path / "run", "--dry-run", eval_every=1, fresh_steps=5)
+    assert main(fresh) == 0
+    assert "fresh discriminator, at evaluations" in capsys.readouterr().out
     missing = {"model": "nobody/nothing-7b", "teacher": tmp_path / "none"}
     assert main(arguments(missing, tmp_path / "run", "--dry-run")) == 0
     assert "counted once" in capsys.readouterr().out
@@ -182,6 +189,8 @@ def test_a_dry_run_counts_updates_tokens_and_memory(given, tmp_path, capsys):
         ({"band": (0.8, 0.6)}, "two rising"),
         ({"band": (0.6, 0.8), "eval_every": 0}, "eval_every"),
         ({"generations": 1}, "generations"),
+        ({"fresh_steps": 2, "eval_every": 0}, "fresh_steps"),
+        ({"reward": "frozen", "band": (0.6, 0.8)}, "frozen"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

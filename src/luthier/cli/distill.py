@@ -182,7 +182,8 @@ class _Job:
             before = self._once(folder / "before.json", run, lambda: self._examine(trainer))
             self._check(before)
             self.console.status("== adversarial stage")
-            tuned = self._count(*play(config, trainer, self.left, run, self.who, self.console))
+            auditor = self._auditor(trainer, parents[0])
+            tuned = self._count(*play(config, trainer, auditor, self.left, run, self.who, self.console))
             after = self._once(folder / "after.json", run, lambda: self._examine(trainer))
             if run is not None:
                 self._save(run, config.out / "model", model, tuned, parents)
@@ -197,6 +198,26 @@ class _Job:
 
         with quiet_libraries():
             return examine(trainer, self.lessons.train, self.lessons.held_out, self.config.seed)
+
+    def _auditor(self, trainer: Any, warmed: str) -> Any:
+        """What measures for the alarms: by the teacher's own probabilities where it is known exactly."""
+        import torch
+
+        from luthier.cli.collect import BRACKETS, open_brackets
+        from luthier.distill.auditor import Auditor, exact_quality, overlap_quality
+        from luthier.distill.discriminator import Discriminator
+        from luthier.models.load import load_pretrained
+
+        config, teacher = self.config, str(self.origin.get("teacher", {}).get("model", ""))
+        known = teacher.partition(":")[0] == BRACKETS
+        return Auditor(
+            trainer,
+            self.lessons,
+            exact_quality(open_brackets(teacher), self.tokenizer) if known else overlap_quality,
+            seed=config.seed,
+            fresh=lambda: Discriminator.of(load_pretrained(warmed, dtype=torch.float32), seed=config.seed),
+            steps=config.fresh_steps,
+        )
 
     def _once(self, file: Path, run: RunFolder | None, measure: Callable[[], Examined]) -> Examined:
         """What is in `file`, or what is measured now and written there."""

@@ -26,9 +26,11 @@ DRAWN = (
     "completions/clipped_ratio",
     "discriminator/",
     "entropy",
+    "fresh_accuracy",
     "grad_norm",
     "kl",
     "learning_rate",
+    "matched_quality",
     "text",
 )
 
@@ -75,13 +77,15 @@ def memory_rows(config: DistillConfig) -> Rows:
     student = whole * FROZEN if config.lora_rank else whole * TRAINED
     reference = whole * FROZEN if config.kl and not config.lora_rank else 0
     discriminator = body * (TRAINED + SUMMED)
+    fresh = body * (TRAINED + SUMMED) if config.fresh_steps else 0
     adapters = ", adapters on top" if config.lora_rank else ""
     divided = ", divided among the ranks" if config.shard else ""
     return [
         ("student", f"{_size(student)}{adapters}{divided} ({whole:,} parameters)"),
         ("reference of the KL term", _size(reference) + (divided if reference else "")),
         ("discriminator", f"{_size(discriminator)}, whole on each rank ({body:,} parameters)"),
-        ("together", _size(student + reference + discriminator)),
+        *([("fresh discriminator, at evaluations", _size(fresh))] if fresh else []),
+        ("together", _size(student + reference + discriminator + fresh)),
     ]
 
 

@@ -19,10 +19,11 @@ Files in reading order:
 - `gad_trainer.py`      GRPO against a discriminator that learns along
 - `warmup.py`           the stage before it
 - `gate.py`             whether the discriminator knows enough to start
+- `examined.py`         what both networks do on held-out prompts, before and after
 - `alarms.py`           signs that it is being gamed, and what is done then
+- `auditor.py`          what two of these need measured: quality at matched lengths, and a fresh discriminator
 - `distill_config.py`   settings of a whole run, torch-free
 - `lessons.py`          collected rows as prompts and replies of the student
 - `stages.py`           both stages inside run folders
-- `examined.py`         what both networks do on held-out prompts, before and after
 - `toy.py`              ten classes, where everything can be computed
 """

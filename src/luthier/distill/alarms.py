@@ -111,7 +111,7 @@ def kl_jump(history: Sequence[Row], limits: AlarmLimits) -> str | None:
 
 
 def quality_is_flat(history: Sequence[Row], limits: AlarmLimits) -> str | None:
-    """Validation quality at matched length has stopped rising; logged by whoever measures it."""
+    """Validation quality at matched length has stopped rising; `auditor` logs it."""
     values = series(history, QUALITY)
     recent = values[-limits.quality_patience :]
     if len(values) <= limits.quality_patience or max(recent) > max(values[: -limits.quality_patience]):
@@ -120,7 +120,7 @@ def quality_is_flat(history: Sequence[Row], limits: AlarmLimits) -> str | None:
 
 
 def fooled(history: Sequence[Row], limits: AlarmLimits) -> str | None:
-    """A fresh discriminator tells the samples apart better than the live one; logged by whoever trains it."""
+    """A fresh discriminator tells the samples apart better than the live one; `auditor` trains it."""
     fresh, live = series(history, FRESH), series(history, f"eval_{ACCURACY}")
     if not fresh or not live or fresh[-1] < limits.fresh_accuracy or live[-1] >= fresh[-1]:
         return None

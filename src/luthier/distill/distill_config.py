@@ -63,15 +63,17 @@ class DistillConfig:
     """Of these samples."""
     kl: float = 0.001
     """Weight of the divergence from the warmed-up student."""
-    reward: Literal["discriminator", "residual", "length", "random"] = "discriminator"
-    """residual: the score without what length explains in a group. length and random are controls, without a gate."""
-    frozen: bool = False
-    """The discriminator does not learn in the adversarial stage: a control, which collapses."""
+    reward: Literal["discriminator", "residual", "length", "random", "frozen"] = "discriminator"
+    """residual: the score without what length explains in a group. Controls: length and random, without a gate; frozen:
+    the score of a discriminator that does not learn in the adversarial stage, which collapses."""
     discriminator_steps: int = 1
     """Updates of the discriminator for each rollout."""
     band: tuple[float, ...] = ()
     """Two accuracies such as 0.6 0.8: after each evaluation one more or one fewer of these updates where the held-out
     accuracy is below or above."""
+    fresh_steps: int = 0
+    """Updates of a discriminator that begins anew at each evaluation, for the alarm that the live one is fooled; 0:
+    none, and no memory for it."""
     margin: float = 0.05
     """Gate: by how much the discriminator has to beat length and n-grams on held-out prompts."""
     force: bool = False
@@ -119,7 +121,8 @@ class DistillConfig:
         rates = ("learning_rate", "warmup_learning_rate", "discriminator_learning_rate")
         for name in ("batch_size", "micro_batch_size", *rates, "grad_clip", "log_every", "checkpoint_every"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
-        for name in ("discriminator_alone", "kl", "margin", "lora_rank", "eval_every", "stop_after", "seed"):
+        counts = ("discriminator_alone", "fresh_steps", "lora_rank", "eval_every", "stop_after", "seed")
+        for name in (*counts, "kl", "margin"):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("batch_size", self.batch_size % 2 == 0, "an even number")
         self._expect("held_out", 0 < self.held_out < 1, "more than 0 and less than 1")
@@ -128,7 +131,8 @@ class DistillConfig:
         self._expect("max_lengths", min(self.max_lengths) > 0, "more than 0")
         self._expect("generations", self.generations > 1, "at least 2")
         self._expect("temperature", self.temperature > 0, "more than 0")
-        self._expect("discriminator_steps", self.discriminator_steps > 0, "at least 1; frozen is for none")
+        self._expect("discriminator_steps", self.discriminator_steps > 0, "at least 1; reward frozen is for none")
+        self._expect("fresh_steps", not self.fresh_steps or self.eval_every > 0, "0 without evaluations (eval_every)")
         self._check_band()
 
     def _check_band(self) -> None:
@@ -137,7 +141,7 @@ class DistillConfig:
         rising = len(self.band) == 2 and 0.5 <= self.band[0] < self.band[1] <= 1
         self._expect("band", rising, "two rising accuracies from 0.5 to 1")
         self._expect("band", self.eval_every > 0, "eval_every above 0 with it: accuracy is measured then")
-        self._expect("band", not self.frozen, "none where the discriminator is frozen")
+        self._expect("band", self.reward != "frozen", "none where the discriminator is frozen")
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -148,7 +152,7 @@ class DistillConfig:
     @property
     def has_gate(self) -> bool:
         """Whether the reward is what the discriminator knows, so that it has to know something."""
-        return self.reward in ("discriminator", "residual")
+        return self.reward not in ("length", "random")
 
     def warm_up(self) -> TuningConfig:
         """The warm-up as a stage on a trainer, with a sequence for each prompt."""

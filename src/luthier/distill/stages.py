@@ -16,6 +16,7 @@ from luthier.core.console import Console
 from luthier.core.errors import DataError, UserError
 from luthier.core.run import RunFolder
 from luthier.distill.alarms import ALARMS, AlarmCallback
+from luthier.distill.auditor import Auditor
 from luthier.distill.discriminator import Discriminator
 from luthier.distill.distill_config import DistillConfig
 from luthier.distill.gad_config import GADConfig, WarmupConfig
@@ -83,8 +84,8 @@ def gad_trainer(
     settings = _shared(config) | {
         "num_generations": config.generations,
         "beta": config.kl,
-        "adversarial_reward": config.reward,
-        "discriminator_frozen": config.frozen,
+        "adversarial_reward": "discriminator" if config.reward == "frozen" else config.reward,
+        "discriminator_frozen": config.reward == "frozen",
         "discriminator_accuracy_band": list(config.band) or None,
     }
     with quiet_libraries():
@@ -141,9 +142,17 @@ def learn(
 
 
 def play(
-    config: DistillConfig, trainer: PacedGAD, stop_after: int, run: RunFolder | None, who: Ranks, console: Console
+    config: DistillConfig,
+    trainer: PacedGAD,
+    auditor: Auditor,
+    stop_after: int,
+    run: RunFolder | None,
+    who: Ranks,
+    console: Console,
 ) -> tuple[Tuned, int]:
     """The adversarial stage with its alarms; returns as `learn`. What is seen and done goes to rows of kind alarm.
+
+    `auditor` measures what some of them look at, after each evaluation.
 
     Raises: Alarmed when an alarm stopped it.
     """
@@ -157,6 +166,7 @@ def play(
 
     alarms = AlarmCallback(trainer, actions=config.on_alarm, tell=tell)
     trainer.add_callback(alarms)
+    trainer.add_callback(auditor)
     tuned, made = learn(trainer, stop_after, run, who, console)
     last = alarms.told[-1] if alarms.told else (0, "", "")
     if not tuned.finished and "stop" in config.on_alarm and last[0] == tuned.step:
