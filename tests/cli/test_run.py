@@ -231,6 +231,7 @@ def test_a_verb_without_a_run_folder_gets_one(luthier: Command, tmp_path: Path) 
     (table,) = json.loads((first / "summary.json").read_text())["tables"]
     assert (table["title"], table["columns"][:2]) == ("files", ["file", "bytes"])
     assert "text.txt" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["headline"] == {}
     again = luthier("run", write(tmp_path, recipe.read_text().replace("smaller", "very small")), "--out", first.parent)
     assert again.err.count("done before, skipped") == 2
 
@@ -238,9 +239,9 @@ def test_a_verb_without_a_run_folder_gets_one(luthier: Command, tmp_path: Path) 
 def test_a_short_result_is_a_headline_and_a_printed_table_is_kept(tmp_path: Path) -> None:
     console = StageConsole(Console(out=io.StringIO()))
     console.table("Figures", ["a"], [["1"]])
-    console.result({"answer": "7", "text": "x" * 100, "steps": [], "files": [{"name": "n", "bytes": 3}]})
+    console.result({"final_answer": "7", "text": "x" * 100, "steps": [], "files": [{"name": "n", "bytes": 3}]})
     assert console.summary() == {
-        "headline": {"answer": "7"},
+        "headline": {"final answer": "7"},
         "tables": [
             {"title": "Figures", "columns": ["a"], "rows": [["1"]], "note": ""},
             {"title": "files", "columns": ["name", "bytes"], "rows": [["n", 3]]},

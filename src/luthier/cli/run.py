@@ -238,7 +238,11 @@ class StageConsole(Console):
 
     def summary(self) -> dict[str, Any]:
         """What a run folder keeps of a verb without a summary: short values, its tables, lists of rows as tables."""
-        short = {k: v for k, v in self.values.items() if isinstance(v, str | int | float) and len(str(v)) <= SHOWN}
+        short = {
+            key.replace("_", " "): value
+            for key, value in self.values.items()
+            if isinstance(value, str | int | float) and len(str(value)) <= SHOWN
+        }
         lists = {k: v for k, v in self.values.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)}
         made = [
             {"title": title, "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
@@ -248,10 +252,11 @@ class StageConsole(Console):
 
 
 def _summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The first headline figure of each stage, and all tables."""
+    """The first headline figure of each stage whose verb chose it, and all tables."""
     headline = {
         f"{name}: {key}": value
         for name, summary in results.items()
+        if VERBS[summary["verb"]].stage
         for key, value in list(summary.get("headline", {}).items())[:1]
     }
     return {"verb": "run", "headline": headline, "tables": [t for s in results.values() for t in s.get("tables", [])]}
