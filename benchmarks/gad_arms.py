@@ -1,7 +1,10 @@
 """Does adversarial distillation beat fine-tuning on the same replies? A small student of a known teacher.
 
 The teacher writes brackets (`luthier.distill.bracket_teacher`), the student is a small Instella. All start from one
-student, fine-tuned on the teacher's replies (SeqKD) while a discriminator learned beside it, and see the same replies:
+student, fine-tuned on the teacher's replies (SeqKD), and a discriminator that began as its copy and learned from its
+samples. The setting is one in which it can know something (`--gate` tells of each seed what): brackets of eight types,
+and a teacher that opens readily, so that replies of both have the same lengths and mostly nest too deep for n-grams.
+All arms see the same replies:
 
   SeqKD                      the start itself
   SeqKD, same samples        fine-tuned on, with as many replies as the arms with rewards sample
@@ -14,10 +17,11 @@ student, fine-tuned on the teacher's replies (SeqKD) while a discriminator learn
 Each is measured at several temperatures. The primary figure was fixed beforehand: validity at the teacher's lengths
 (`metrics.matched_mean`). Checkpoint and temperature are chosen by it on validation prompts; test prompts are others.
 
-    python benchmarks/gad_arms.py [--seeds 0 1 2 3 4] [--out runs/gad_arms] [--figure gad_arms.svg]
+    python benchmarks/gad_arms.py [--seeds 0 1 2 3 4] [--out runs/gad_arms] [--gate] [--figure gad_arms.svg]
 
 Each seed is another teacher, other replies and other initial weights. Finished arms are kept in --out: the same command
-goes on where it stopped, and appends one row to results/ when all are done; --record appends one with the seeds so far.
+goes on where it stopped, and appends one row to results/ when all are done; --record appends one with the seeds so far;
+--gate stops after the starts. Other settings below have another folder in --out.
 """
 
 from __future__ import annotations
@@ -36,12 +40,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from gad_world import CPU, MATCHED, Row, World, accuracy, measure, quality, reply_nats, sample
+from gad_world import (
+    BATCH,
+    CPU,
+    MATCHED,
+    WORLD,
+    Row,
+    World,
+    accuracy,
+    descend,
+    lessons,
+    measure,
+    picks,
+    quality,
+    reply_nats,
+    sample,
+    tell_apart,
+)
 from record import record
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from luthier.core.config import digest
 from luthier.core.files import append_jsonl, read_jsonl
 from luthier.core.seeds import derive_seed
 from luthier.core.stats import bootstrap_mean, paired_difference
@@ -50,23 +71,29 @@ from luthier.distill.adversary import Adversary, AdversarySettings
 from luthier.distill.alarms import AlarmCallback
 from luthier.distill.baselines import best_of_n, best_temperature
 from luthier.distill.discriminator import Discriminator, load_discriminator, save_discriminator
-from luthier.distill.gad_config import GADConfig, WarmupConfig
+from luthier.distill.gad_config import GADConfig
 from luthier.distill.gad_trainer import GADTrainer
 from luthier.distill.gate import measure_gate
 from luthier.distill.replies import make_duels
 from luthier.distill.teacher import preferences
-from luthier.distill.warmup import WarmupTrainer
 from luthier.models.load import load_pretrained, save_pretrained
 from luthier.train.dpo import dpo_loss, margins
 
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
-WARM_STEPS, WARM_ALONE, WARM_BATCH = 100, 60, 128  # SeqKD beside D, then D alone
-WARM_RATE, WARM_D_RATE = 3e-3, 2e-3
+WARM_STEPS, WARM_RATE = 160, 3e-3  # of SeqKD, with a rate that falls to 0
+WARM_D_STEPS, WARM_D_RATE = 160, 2e-3  # then of D alone, as well
 STEPS, EVERY, PROMPTS, SAMPLES = 60, 10, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
 RATE, D_RATE, D_STEPS, BETA = 2e-4, 2e-3, 2, 0.01
 SAME_TIME_STEPS = 1200  # of SeqKD, that take as long as an arm with a reward
 DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA = 120, 64, 3e-4, 0.1
 BEST_OF = 8
+SETTINGS = (
+    WORLD,
+    TEMPERATURES,
+    *(WARM_STEPS, WARM_RATE, WARM_D_STEPS, WARM_D_RATE),
+    *(STEPS, EVERY, PROMPTS, SAMPLES, RATE, D_RATE, D_STEPS, BETA),
+    *(SAME_TIME_STEPS, DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA, BEST_OF),
+)
 
 Settings = Mapping[str, Any]
 ADVERSARIAL: dict[str, Settings] = {
@@ -102,26 +129,14 @@ def common(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def warm_up(world: World, folder: Path) -> None:
-    """Write student and discriminator of one seed to folders, by SeqKD with D beside it and then by D alone."""
+    """Write student and discriminator of one seed to folders: SeqKD, then D alone on the student's samples."""
     student = world.student()
-    student.config._name_or_path = str(folder)
-    discriminator = Discriminator.of(student, seed=world.seed)
-    for alone, steps in ((0, WARM_STEPS), (WARM_ALONE, WARM_ALONE)):
-        settings = WarmupConfig(
-            **common(folder, world.seed),
-            per_device_train_batch_size=WARM_BATCH,
-            max_steps=steps,
-            max_completion_length=world.cap,
-            learning_rate=WARM_RATE,
-            lr_scheduler_type="linear",
-            discriminator_learning_rate=WARM_D_RATE,
-            discriminator_only_steps=alone,
-        )
-        data = Dataset.from_list(world.rows["train"])
-        trainer = WarmupTrainer(student, discriminator, settings, data, processing_class=world.tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    save_discriminator(discriminator, world.tokenizer, folder / "discriminator", {"verb": "benchmark"})
+    for _ in descend(student, lessons(world, student), WARM_STEPS, WARM_RATE):
+        pass
+    settings = AdversarySettings(learning_rate=WARM_D_RATE, micro_batch_size=256, max_grad_norm=1.0)
+    adversary = Adversary(Discriminator.of(student, seed=world.seed), Accelerator(cpu=True), settings)
+    tell_apart(world, student.eval(), adversary, WARM_D_STEPS)
+    save_discriminator(adversary.discriminator, world.tokenizer, folder / "discriminator", {"verb": "benchmark"})
     save_pretrained(student, world.tokenizer, folder / "student", {"verb": "benchmark"})  # last: it says that both are
 
 
@@ -248,38 +263,19 @@ def adversarial(start: Start, settings: Settings) -> Row:
 # The arms without a reward.
 
 
-def fit(model: Any, course: Course, batches: Iterator[Tensor], steps: int, every: int, rate: float) -> Row:
+def fit(model: Any, course: Course, losses: Iterator[Tensor], steps: int, every: int, rate: float) -> Row:
     """Descend on losses; the outcome."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    for step, loss in zip(range(1, steps + 1), batches, strict=False):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    for step in descend(model, losses, steps, rate):
         if step % every == 0:
             course.look(step)
     return course.outcome()
 
 
-def picks(world: World, rows: int, batch: int) -> Iterator[list[int]]:
-    """Random rows without end."""
-    generator = world.generator("batches")
-    while True:
-        yield torch.randint(rows, (batch,), generator=generator).tolist()
-
-
 def longer(start: Start, steps: int) -> Row:
     """SeqKD goes on."""
-    world, model = start.world, start.student().train()
-    prompts, replies = world.prompts("train"), world.replies("train")
-
-    def losses() -> Iterator[Tensor]:
-        for rows in picks(world, len(replies), WARM_BATCH):
-            nats = reply_nats(model, [prompts[n] for n in rows], [replies[n] for n in rows])
-            yield nats.sum() / sum(len(replies[n]) for n in rows)
-
+    world, model = start.world, start.student()
     course = Course(world, model, start.adversary())
-    return fit(model, course, losses(), steps, steps * EVERY // STEPS, WARM_RATE / 3)
+    return fit(model, course, lessons(world, model), steps, steps * EVERY // STEPS, WARM_RATE / 3)
 
 
 def preferring(start: Start) -> Row:
@@ -342,7 +338,7 @@ def best_of(start: Start) -> Row:
 
 PLAIN: dict[str, Callable[[Start], Row]] = {
     "SeqKD": itself,
-    "SeqKD, same samples": partial(longer, steps=STEPS * PROMPTS * SAMPLES // WARM_BATCH),
+    "SeqKD, same samples": partial(longer, steps=STEPS * PROMPTS * SAMPLES // BATCH),
     "SeqKD, same time": partial(longer, steps=SAME_TIME_STEPS),
     f"best of {BEST_OF} by D": best_of,
     "DPO": preferring,
@@ -453,6 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/gad_arms"))
+    parser.add_argument("--gate", action="store_true", help="make the starts, print what D knows, and stop")
     parser.add_argument("--figure", type=Path, help="draw GAD and the frozen discriminator step by step")
     parser.add_argument("--record", action="store_true", help="append a row with the seeds that are done, and stop")
     options = parser.parse_args()
@@ -460,9 +457,14 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    rows = read_jsonl(options.out / "rows.jsonl")
+    folder = options.out / digest(SETTINGS)[:8]
+    if options.gate:
+        for seed in options.seeds:
+            print(f"seed {seed}:", Start.of(World.make(seed), folder / f"seed-{seed}").gate(), flush=True)
+        return
+    rows = read_jsonl(folder / "rows.jsonl")
     for seed in () if options.record else options.seeds:
-        run_seed(seed, options.out, rows)
+        run_seed(seed, folder, rows)
     seeds = finished(rows, options.seeds)
     if not seeds:
         raise SystemExit("no seed is finished: run without --record first")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,11 @@ from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import sized_config
 
 CPU = torch.device("cpu")
-TYPES, MAX_TOKENS, OPENING = 4, 16, 0.5
+TYPES, MAX_TOKENS, OPENING = 8, 10, 0.8
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPLITS = {"train": (320, 16), "validation": (64, 6), "test": (128, 4)}  # prompts, the teacher's replies to each
+BATCH = 128  # replies of a step of SeqKD
+WORLD = (TYPES, MAX_TOKENS, OPENING, SHAPE, SPLITS, BATCH)
 MATCHED = "matched"
 END, PADDING = "$", "_"
 Row = dict[str, Any]
@@ -163,7 +166,7 @@ def quality(world: World, split: str, replies: list[Ids]) -> Row:
     """What can be said of replies to all rows of a split."""
     prompts, lengths = [row["prompt"] for row in world.rows[split]], [len(ids) for ids in replies]
     valid = [is_valid(world, prompt, ids) for prompt, ids in zip(prompts, replies, strict=True)]
-    matched = matched_mean(valid, lengths, [len(ids) for ids in world.replies(split)])
+    matched = matched_mean(valid, lengths, [len(ids) for ids in world.replies(split)], least=20)
     return {
         MATCHED: matched.value,
         "covered": matched.covered,
@@ -196,3 +199,46 @@ def accuracy(world: World, split: str, model: Any, adversary: Adversary) -> tupl
     duels = world.duels(split, sample(model, world.prompts(split), world.cap, generator).replies)
     scores = adversary.scores(duels)
     return float(adversary.accuracy(scores, duels).mean()), float(scores[0].mean())
+
+
+# Learning from the teacher's replies.
+
+
+def descend(model: Any, losses: Iterator[Tensor], steps: int, rate: float) -> Iterator[int]:
+    """Descend on losses at a rate that falls to 0; yields the number of every step, after it."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for step, loss in zip(range(1, steps + 1), losses, strict=False):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def picks(world: World, rows: int, batch: int) -> Iterator[list[int]]:
+    """Random rows without end."""
+    generator = world.generator("batches")
+    while True:
+        yield torch.randint(rows, (batch,), generator=generator).tolist()
+
+
+def lessons(world: World, model: Any) -> Iterator[Tensor]:
+    """SeqKD: cross-entropy on random replies of the teacher, nats per token."""
+    prompts, replies = world.prompts("train"), world.replies("train")
+    for rows in picks(world, len(replies), BATCH):
+        nats = reply_nats(model, [prompts[n] for n in rows], [replies[n] for n in rows])
+        yield nats.sum() / sum(len(replies[n]) for n in rows)
+
+
+def tell_apart(world: World, student: Any, adversary: Adversary, steps: int) -> None:
+    """The discriminator alone learns from the student's samples, at a rate that falls to 0."""
+    prompts, replies, generator = world.prompts("train"), world.replies("train"), world.generator("told apart")
+    schedule = torch.optim.lr_scheduler.LinearLR(adversary.optimizer, 1.0, 0.0, steps)
+    for rows in islice(picks(world, len(replies), BATCH), steps):
+        asked = [prompts[n] for n in rows]
+        sampled = sample(student, asked, world.cap, generator).replies
+        adversary.update(make_duels(asked, sampled, [replies[n] for n in rows], CPU))
+        schedule.step()
