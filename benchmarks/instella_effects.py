@@ -65,6 +65,11 @@ SFT_PER_UPDATE = (
 QUESTIONS, PAIRS = "test-questions", "test-pairs"
 # 97.5 % points of Student's distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+NOTE = (
+    "Values: means over seeds. Difference: the value minus its value beside it, on the same n questions, documents or "
+    "pairs of all seeds, with a 95 % bootstrap over them. Over seeds: the mean of the seeds' differences, Student's "
+    "95 % interval. The best run is the best by the figure itself, which favours it. Nats: less is better."
+)
 
 Values = dict[str, Any]
 Stages = dict[str, tuple[str, Values]]  # by name: verb and settings
@@ -143,12 +148,24 @@ def needed(recipe: Path, folder: Path, wanted: set[str]) -> set[str]:
     return found
 
 
+def recipe_of(stages: Stages, seed: int) -> str:
+    """The recipe of one seed, as YAML."""
+    text = [{f"{verb} {name}": values} for name, (verb, values) in reseeded(stages, seed).items()]
+    return f"# Made by benchmarks/instella_effects.py.\n{dump_yaml(text)}"
+
+
+def check_recipe(stages: Stages, seed: int, out: Path) -> None:
+    """Refuse to mix settings: what a seed has was made by this recipe and --set."""
+    recipe = out / f"seed-{seed}.yaml"
+    if recipe.exists() and recipe.read_text(encoding="utf-8") != recipe_of(stages, seed):
+        raise SystemExit(f"{recipe} is another recipe: give the --set and the commit that it was made with, or --out")
+
+
 def run_seed(stages: Stages, seed: int, out: Path, wanted: set[str]) -> None:
     """Run what is missing of the stages that are wanted."""
     out.mkdir(parents=True, exist_ok=True)
     recipe, folder = out / f"seed-{seed}.yaml", out / f"seed-{seed}"
-    text = [{f"{verb} {name}": values} for name, (verb, values) in reseeded(stages, seed).items()]
-    atomic_write(recipe, f"# Made by benchmarks/instella_effects.py.\n{dump_yaml(text)}")
+    atomic_write(recipe, recipe_of(stages, seed))
     kept = needed(recipe, folder, wanted)
     run_recipe(recipe, folder, (), Console(), without={name for name in stages if name not in kept})
 
@@ -320,15 +337,24 @@ def tabulated(effect: str, line: Line, runs: Mapping[int, Path]) -> Values:
 
 
 def format_share(runs: Mapping[int, Path]) -> Values:
-    """What of the gain of fine-tuning its start has already when it is asked in its own format."""
+    """What of the gain of fine-tuning its start has already when it is asked in its own format; of seeds that gain."""
     shares = []
     for run in runs.values():
         tuned, chat, text = (ratio(correct(QUESTIONS)(run, stage)) for stage in ("chat-sft", "chat-soup", "base-soup"))
-        shares.append((text - chat) / (tuned - chat))
+        shares += [(text - chat) / (tuned - chat)] if tuned > chat else []
     seeds = over_seeds(shares)
-    told = {"effect": "format", "figure": "share of the gain that is format", "value": round(fmean(shares), 4)}
-    told |= {"beside": "", "its value": "", "difference": "", "over seeds": "—" if seeds is None else seeds.text(4)}
-    return told | {"each seed": " ".join(f"{share:.4f}" for share in shares), "n": "", "seeds": list(runs)}
+    return {
+        "effect": "format",
+        "figure": "share of the gain that is format",
+        "value": round(fmean(shares), 4) if shares else "—",
+        "beside": "—",
+        "its value": "—",
+        "difference": "—",
+        "over seeds": "—" if seeds is None else seeds.text(4),
+        "each seed": " ".join(f"{share:.4f}" for share in shares),
+        "n": "—",
+        "seeds": list(runs),
+    }
 
 
 def informative(runs: Mapping[int, Path]) -> list[list[float]]:
@@ -383,14 +409,16 @@ def main() -> None:
         parser.error(f"--only {unknown[0]}: the effects are {', '.join(lines)}")
     lines = {name: some for name, some in lines.items() if not options.only or name in options.only}
     wanted = {stage for some in lines.values() for line in some for stage in line.stages}
+    for seed in options.seeds:
+        check_recipe(stages, seed, options.out)
     for seed in () if options.record else options.seeds:
         run_seed(stages, seed, options.out, wanted)
     summary = summarize(lines, options.seeds, options.out)
     if not summary["rows"]:
         raise SystemExit("no effect is finished: run without --record first")
     record("instella_effects", changed=options.set, **summary)
-    for row in summary["rows"]:
-        print(*list(row.values())[:-1], sep=" | ")
+    rows = summary["rows"]
+    Console().table("Effects", list(rows[0]), [list(row.values()) for row in rows], NOTE)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from types import ModuleType
 import pytest
 
 from luthier.cli.run import read_recipe
-from luthier.core.config import dump_yaml
 from luthier.core.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +25,7 @@ def effects() -> ModuleType:
 
 
 def stages_of(effects: ModuleType, folder: Path, seed: int) -> dict:
-    text = [{f"{verb} {name}": values} for name, (verb, values) in effects.reseeded(effects.listed(()), seed).items()]
-    atomic_write(folder / "recipe.yaml", dump_yaml(text))
+    atomic_write(folder / "recipe.yaml", effects.recipe_of(effects.listed(()), seed))
     return {stage.name: stage for stage in read_recipe(folder / "recipe.yaml", folder)}
 
 
@@ -63,8 +61,16 @@ def test_every_line_names_stages_that_there_are(effects) -> None:
 def test_only_what_an_effect_needs_is_run(effects, tmp_path) -> None:
     stages_of(effects, tmp_path, 0)
     assert effects.needed(tmp_path / "recipe.yaml", tmp_path, {"needles-keep"}) == {
-        *("needles-keep", "extend-keep", "longer", "long-data", "short"),
+        *("needles-keep", "extend-keep", "longer", "long-data", "short", "needles-short"),
     }
+
+
+def test_other_settings_are_refused_in_the_same_folder(effects, tmp_path) -> None:
+    effects.check_recipe(effects.listed(()), 0, tmp_path)
+    (tmp_path / "seed-0.yaml").write_text(effects.recipe_of(effects.listed(()), 0))
+    effects.check_recipe(effects.listed(()), 0, tmp_path)
+    with pytest.raises(SystemExit, match="is another recipe"):
+        effects.check_recipe(effects.listed(["sft.steps=2"]), 0, tmp_path)
 
 
 SCORES = {
