@@ -150,7 +150,7 @@ def reasoning(cot: float, ssr: float, vote: float, p: tuple[str, str]) -> tuple[
 
 def test_checking_is_held_against_one_chain_and_a_vote() -> None:
     text = told("reason", reasoning=reasoning(0.5, 0.7, 0.6, ("0.001", "0.2")))
-    assert "one chain of thought solves 0.50, checking every step 0.70 at 4.0 times the tokens: better" in text
+    assert "one chain of thought solves 0.50, checking every line 0.70 at 4.0 times the tokens: better" in text
     assert (
         "A vote (maj@4) at 4.0 times the tokens solves 0.60; checking beside it: no clear difference (p = 0.2)" in text
     )

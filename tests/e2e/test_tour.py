@@ -13,6 +13,7 @@ from luthier.cli.run import read_recipe, recipe_folder
 
 Command = Callable[..., Any]
 SHORT = "prompts=short,max_tokens=8,temperature=1.0"
+LINES = f"steps=lines,{SHORT}"
 PLAIN = "prompts=plain,max_tokens=4,temperature=0.0"
 SMALL = {
     "pretrain": "data=[TEXT] steps=2 vocab_size=300 sequence_length=128 batch_size=2 micro_batch_size=2 warmup_steps=1 "
@@ -26,8 +27,8 @@ SMALL = {
     "rounded-compare": "max_bytes=500",
     "problems": "lessons=60 test=3 lengths=[1,2] test_lengths=[2]",
     "reasoner": "steps=1 warmup_steps=1 vocab_size=1024 batch_size=2 micro_batch_size=2 held_out=0.1",
-    "reasoning": f"tasks=['@problems/test-2.jsonl'] method=['cot:{SHORT}','ssr:{SHORT}'] equal_to=ssr:{SHORT}",
-    "solve": f"method=ssr:{SHORT}",
+    "reasoning": f"tasks=['@problems/test-2.jsonl'] method=['cot:{SHORT}','ssr:{LINES}'] equal_to=ssr:{LINES}",
+    "solve": f"method=ssr:{LINES}",
     "word-problems": "stage1=3000 stage2=3000 held_out=1000 chat=60 preferences=4 prompts=8 test=4 vocab_size=300",
     "sft": "steps=1 batch_size=2 micro_batch_size=2",
     "after-sft": f"method=['cot:{PLAIN}']",

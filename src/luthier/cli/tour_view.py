@@ -98,7 +98,7 @@ def _reason(stages: Stages) -> Iterator[str]:
     right = {name: methods[name]["accuracy"]["value"] for name in methods}
     helps = _verdict(p[cot, ssr], better=right[ssr] > right[cot])
     wins = _verdict(p[ssr, vote], better=right[ssr] > right[vote])
-    yield f"Of {single['accuracy']['n']} new problems one chain of thought solves {right[cot]:.2f}, checking every step"
+    yield f"Of {single['accuracy']['n']} new problems one chain of thought solves {right[cot]:.2f}, checking every line"
     yield f"{right[ssr]:.2f} at {_times(checked, single)} the tokens: {helps}."
     yield f"A vote ({vote.partition(':')[0]}) at {_times(voted, single)} the tokens solves {right[vote]:.2f};"
     yield f"checking beside it: {wins}."
@@ -198,7 +198,7 @@ SYSTEMS = (
         "Socratic Self-Refine, arXiv 2511.10621",
         ("reasoner", "reasoning", "solve"),
         _reason,
-        "luthier solve 'f=5;f+2=b;b*3=q;q?' --model {reasoner}/model --method ssr:prompts=short",
+        "luthier solve 'f=5;f+2=b;b*3=q;q?' --model {reasoner}/model --method ssr:steps=lines,prompts=short",
         (("trace", "trace.html"),),
     ),
     System(
