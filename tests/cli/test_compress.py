@@ -59,6 +59,7 @@ def test_several_files_and_numbers(luthier: Command, file: Path) -> None:
     assert [{**row, "file": "", "sha256_first_half": 0} for row in shown] == [
         {**row, "file": "", "sha256_first_half": 0} for row in done
     ]
+    assert [row["frames_with_code"] for row in shown] == [0, 0]
     assert "1 mixed" in luthier("info", packed[0]).out
 
 
@@ -128,11 +129,32 @@ def test_damage_leaves_nothing_behind(luthier: Command, file: Path) -> None:
     assert sorted(entry.name for entry in file.parent.iterdir()) == ["other.lut", "text.lut"]
 
 
+def test_info_counts_the_frames_with_a_code(luthier: Command, tmp_path: Path) -> None:
+    from luthier.entropy.codec import container
+    from luthier.entropy.codec.frames import MIXED, RAW, Frame
+
+    parts = [
+        Frame(MIXED, 4, 2, b"abc", 7),
+        Frame(RAW, 1, 0, b"d"),
+        Frame(MIXED, 4, 1, b"ef"),
+        Frame(MIXED, 9, 1, b"gh", 1),
+    ]
+    header = container._pack_header(container.Header(slots=12, model="ab" * 32))
+    frames = b"".join(container._pack_frame(frame, b"") for frame in parts)
+    file = tmp_path / "some.lut"
+    file.write_bytes(header + frames + container._pack_index([container._row(frame) for frame in parts], bytes(16)))
+    shown = luthier("info", file)
+    assert shown.code == 0, shown.err
+    assert "2 mixed with a code, 1 raw, 1 mixed" in " ".join(shown.out.split())
+    assert json.loads(luthier("info", file, "--json").out)["files"][0]["frames_with_code"] == 2
+
+
 def test_a_network_that_is_not_there_is_named(luthier: Command, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Flat:
         sha256 = "cd" * 32
+        dims = levels = 0
 
-        def open(self, streams: int, /) -> int:
+        def open(self, streams: int, code: tuple[int, ...] = (), /) -> int:
             return streams
 
         def probabilities(self, state: int, /) -> Any:

@@ -127,6 +127,7 @@ def row(name: str, summary: Summary) -> dict[str, object]:
         "compressed_bytes": summary.compressed,
         "bits_per_byte": summary.bits_per_byte,
         "frames": len(summary.frames),
+        "frames_with_code": summary.coded,
         "model": summary.header.model,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.cli.corpora import prepare_corpus
 from luthier.core.config import to_mapping
@@ -25,7 +25,7 @@ def run(config: TrainCodecConfig, console: Console) -> None:
     from luthier.learn.parallel import ranks
     from luthier.learn.prepare import token_stream
 
-    opened = RunFolder.open(config.out, to_mapping(config), may_change=config.RESUMABLE_CHANGES)
+    opened = RunFolder.open(config.out, _settings(config), may_change=config.RESUMABLE_CHANGES)
     with ranks(config.device) as who, contextlib.closing(opened) as folder:
         corpus = _corpus(config, who, console)
         mixture = WindowMixture(
@@ -33,7 +33,7 @@ def run(config: TrainCodecConfig, console: Console) -> None:
         )
         provenance = {
             "verb": "train-codec",
-            "config": to_mapping(config),
+            "config": _settings(config),
             "data": [{"name": part.name, "sha256": part.source_sha256} for part in [*corpus.training, corpus.held_out]],
         }
         outcome = train_codec(
@@ -47,6 +47,12 @@ def run(config: TrainCodecConfig, console: Console) -> None:
             console=console,
         )
         _finish(config, folder, outcome, console)
+
+
+def _settings(config: TrainCodecConfig) -> dict[str, Any]:
+    """The settings as they are kept: without those of codes when there are none, so that older runs can be resumed."""
+    unused = () if config.code_dims else config.CODE_SETTINGS
+    return {name: value for name, value in to_mapping(config).items() if name not in unused}
 
 
 def _corpus(config: TrainCodecConfig, who: Ranks, console: Console) -> Corpus:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from luthier.entropy.codec.byte_training import (
     break_lines,
     float_bits,
     optimizer_of,
+    sent_dims,
     streams_of,
     training_batch,
 )
@@ -64,6 +67,70 @@ def test_the_verb_trains_resumes_and_writes_integers(
     resumed = IntegerNetwork.load(tmp_path / "stopped" / "network.bin")
     for name, array in network.weights.arrays.items():
         np.testing.assert_array_equal(resumed.weights.arrays[name], array)
+
+
+def test_the_verb_trains_with_codes_and_files_come_back(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, coding = tmp_path / "run", ["--code-dims", "2", "--code-levels", "2"]
+    code = main(["train-codec", "--data", str(corpus), "--out", str(out), "--steps=40", *OPTIONS, *coding])
+    printed = capsys.readouterr().out
+    assert code == 0
+    row = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
+    assert row["piece_bits_of_code"] == 2 / 48
+    assert 0 < row["piece_bits_given_code"] != row["piece_bits"] < 8
+    network = IntegerNetwork.load(out / "network.bin")
+    assert (network.dims, network.levels) == (2, 2)
+    assert network.sha256 == last_json(printed)["sha256"]
+    assert network.weights.provenance["config"]["code_share"] == 0.5
+    text, file = b"copper and the varnish, fiddle and spruce. " * 20, tmp_path / "text"
+    file.write_bytes(text)
+    for command in (["compress", "text"], ["verify", "text.lut"], ["decompress", "text.lut", "-f"]):
+        arguments = [command[0], str(tmp_path / command[1]), *command[2:], "--model", str(out / "network.bin")]
+        assert main(arguments) == 0
+    assert file.read_bytes() == text
+
+
+def test_a_code_says_what_the_past_cannot() -> None:
+    """Sequences of dots with one of two letters, twice: a bit that nothing before tells, but for the first letter."""
+    config = TrainCodecConfig(**{**SMALL, "layers": 1}, table_bits=(4,) * 5, code_dims=1, code_levels=2)
+    model = ByteModel(config.model())
+    model.initialize(0)
+    number = torch.arange(16)
+    ids = torch.full((16, 41), 46)
+    ids[:, 19::19] = 65 + number[:, None] % 2
+    assert model.segment is not None
+    model.segment.center(ids)
+    loss, optimizer = ByteLoss(model), optimizer_of(model, replace(config, learning_rate=0.02))
+    for _ in range(150):
+        loss(ids[:, :-1], ids[:, 1:], number // 2 % 2).div(16 * 40).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        nats = [loss(ids[:, :-1], ids[:, 1:], torch.full_like(number, sent)).item() for sent in (0, 1)]
+    gain = (nats[0] - nats[1]) / 16 / math.log(2)
+    assert gain == pytest.approx(1, abs=0.1)  # bits a sequence
+
+
+def test_a_run_from_before_there_were_codes_is_resumed(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.yaml has no settings of codes, and neither has one of today without codes."""
+    run = ["train-codec", "--data", str(corpus), "--out", str(tmp_path / "run"), "--steps=6", *OPTIONS]
+    assert main([*run, "--stop-after=2"]) == 130
+    assert "code_" not in (tmp_path / "run" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main([*run, "--code-dims=1"]) == 2
+    assert "holds a run with another config: code_dims: (absent) -> 1" in capsys.readouterr().err
+    assert main(run) == 0
+
+
+def test_some_sequences_are_given_a_code() -> None:
+    config = TrainCodecConfig(**SMALL, batch_size=64, code_dims=3, code_share=0.75)
+    sent = np.concatenate([sent_dims(config, step) for step in range(20)])
+    np.testing.assert_array_equal(sent[:64], sent_dims(config, 0))
+    assert np.bincount(sent, minlength=4) / len(sent) == pytest.approx([0.25] * 4, abs=0.05)
+    assert len({tuple(sent_dims(config, step)) for step in range(20)}) == 20
 
 
 def test_ends_of_documents_are_read_as_newlines_and_not_predicted() -> None:
@@ -122,12 +189,12 @@ def test_the_sequences_of_a_step_depend_on_the_step_alone() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    config = TrainCodecConfig(**SMALL)
+    config = TrainCodecConfig(**SMALL, code_dims=2)
     model = ByteModel(config.model())
     decayed, kept = optimizer_of(model, config).param_groups
     assert decayed["weight_decay"] == config.weight_decay
     assert kept["weight_decay"] == 0
     names = {id(weight): name for name, weight in model.named_parameters()}
-    assert {names[id(weight)].split(".")[0] for weight in decayed["params"]} == {"blocks", "head"}
-    assert all(names[id(weight)].startswith(("tables.", "blocks.")) for weight in kept["params"])
+    assert {names[id(weight)].split(".")[0] for weight in decayed["params"]} == {"blocks", "head", "segment"}
+    assert all(names[id(weight)].startswith(("tables.", "blocks.", "segment.")) for weight in kept["params"])
     assert len(decayed["params"]) + len(kept["params"]) == len(names)

@@ -20,7 +20,9 @@ from luthier.core.errors import DataError
 from luthier.entropy.codec import container, frames
 from luthier.entropy.codec.container import Summary, compress, decompress, read_summary
 from luthier.entropy.codec.frames import FrameCoder, Network
+from luthier.entropy.codec.integer_network import IntegerNetwork
 from luthier.entropy.codec.mixing import _library
+from luthier.entropy.codec.segment_code import Code
 
 pytestmark = pytest.mark.skipif(_library().code is None, reason=_library().reason)
 GOLDEN = Path(__file__).with_name("golden.lut")
@@ -31,8 +33,9 @@ class Counting:
     """A network that knows how often each byte came in its stream; it stands for the real one."""
 
     sha256 = "ab" * 32
+    dims = levels = 0
 
-    def open(self, streams: int, /) -> NDArray[np.uint32]:
+    def open(self, streams: int, code: Code = (), /) -> NDArray[np.uint32]:
         return np.ones((streams, 256), np.uint32)
 
     def probabilities(self, state: NDArray[np.uint32], /) -> NDArray[np.uint32]:
@@ -188,6 +191,14 @@ def test_unknown_versions_are_refused() -> None:
 def test_an_older_file_is_decoded() -> None:
     """golden.lut was written by the first version of the format; it must never be written anew."""
     assert unpacked(GOLDEN.read_bytes()) == GOLDEN_TEXT
+
+
+def test_an_older_file_with_a_network_is_decoded_and_made_again() -> None:
+    """golden_with_network.lut was written before there were segment codes."""
+    file = GOLDEN.with_name("golden_with_network.lut").read_bytes()
+    network = IntegerNetwork.load(GOLDEN.with_name("golden_network.bin"))
+    assert unpacked(file, lambda sha256: network) == GOLDEN_TEXT
+    assert packed(GOLDEN_TEXT, network=network) == file
 
 
 def test_another_process_decodes_it() -> None:

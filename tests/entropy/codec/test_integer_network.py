@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from luthier.entropy.codec.integer_network import IntegerNetwork, compiled
 from luthier.entropy.codec.integer_reference import power, probabilities_of
 from luthier.entropy.codec.integer_weights import IntegerWeights, Shape, check, expected_arrays, load, save
 from luthier.entropy.codec.quantize_network import best_clip, quantize, quantized_rows
+from luthier.entropy.codec.segment_code import Code
+from luthier.entropy.quantizer import fsq_code
 
 TEXT = " ".join(f"Line {n}: the {'quick ' * (n % 3)}brown fox isn't {n * n} na\u00efve;\n" for n in range(120)).encode()
+GOLDEN = Path(__file__).with_name("golden_network.bin")
 CONFIG = ByteModelConfig(width=32, layers=2, heads=3, head_width=16, hidden=80, window=16, table_bits=(5, 6, 4, 7, 5))
 
 
@@ -26,10 +30,9 @@ def rows(streams: int, length: int, start: int = 0) -> np.ndarray:
     return np.stack([np.frombuffer(TEXT, np.uint8)[start + 97 * i :][:length] for i in range(streams)])
 
 
-@pytest.fixture(scope="module")
-def model() -> ByteModel:
-    """A network whose blocks and tables all matter, with random weights."""
-    model = ByteModel(CONFIG)
+def random_model(config: ByteModelConfig) -> ByteModel:
+    """A network whose blocks, tables and codes all matter, with random weights."""
+    model = ByteModel(config)
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -39,7 +42,25 @@ def model() -> ByteModel:
             elif name.startswith("tables."):
                 weight.normal_(std=0.5, generator=generator)
         model.head.weight.mul_(4)  # certain of some bytes, as trained networks are
+        if model.segment is not None:
+            model.segment.direction.normal_(std=0.7, generator=generator)
+            model.segment.presence.normal_(std=0.3, generator=generator)
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> ByteModel:
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def coded_model() -> ByteModel:
+    return random_model(replace(CONFIG, code_dims=3, code_levels=4))
+
+
+@pytest.fixture(scope="module")
+def coded(coded_model: ByteModel) -> IntegerWeights:
+    return quantize(coded_model, torch.from_numpy(rows(8, 200)).long(), {"recipe": "random"})
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +68,9 @@ def weights(model: ByteModel) -> IntegerWeights:
     return quantize(model, torch.from_numpy(rows(4, 200)).long(), {"recipe": "random"})
 
 
-def predictions(network: IntegerNetwork, text: np.ndarray) -> np.ndarray:
+def predictions(network: IntegerNetwork, text: np.ndarray, code: Code = ()) -> np.ndarray:
     """Probabilities before each byte of (B, T), (B, T, 256)."""
-    state, out = network.open(len(text)), []
+    state, out = network.open(len(text), code), []
     for column in text.T:
         out.append(network.probabilities(state).copy())
         network.advance(state, np.ascontiguousarray(column))
@@ -69,11 +90,85 @@ def test_c_equals_the_reference_past_the_window(weights: IntegerWeights, how: st
     np.testing.assert_array_equal(predictions(network, text), expected)
 
 
+@needs_compiler
+@pytest.mark.parametrize("how", ["native", "portable"])
+@pytest.mark.parametrize("code", [(), (0,), (3, 1), (2, 0, 3)])
+def test_c_equals_the_reference_given_a_code(coded: IntegerWeights, how: str, code: Code) -> None:
+    text = rows(3, CONFIG.window + 5)
+    expected = predictions(IntegerNetwork(coded, how="reference"), text, code)
+    for threads in (1, 2):
+        network = IntegerNetwork(coded, threads=threads, how=how)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(predictions(network, text, code), expected)
+
+
+def test_every_level_of_every_dimension_counts(coded: IntegerWeights) -> None:
+    network, text = IntegerNetwork(coded), rows(1, 20)
+    found = [predictions(network, text, code) for code in [(), (0,), (3,), (0, 0), (0, 3), (0, 3, 0), (0, 3, 3)]]
+    assert len({one.tobytes() for one in found}) == len(found)
+
+
+def test_integers_predict_what_the_float_model_predicts_under_a_code(
+    coded_model: ByteModel, coded: IntegerWeights
+) -> None:
+    """The codes that the encoder makes of the texts, two of three dimensions of them, as numbers to the integers."""
+    text = rows(4, 120, start=3000)
+    ids = torch.from_numpy(np.concatenate([np.full((4, 1), NEWLINE), text[:, :-1]], 1)).long()
+    segment, numbers = coded_model.segment, list[torch.Tensor]()
+    assert segment is not None
+    hook = segment.numbers.register_forward_hook(lambda layer, inputs, output: numbers.append(output))
+    with torch.no_grad():
+        expected = coded_model(ids, torch.full((4,), 2)).log_softmax(-1).double().numpy()
+        without = coded_model(ids).log_softmax(-1).double().numpy()
+    hook.remove()
+    network = IntegerNetwork(coded)
+    for row, levels in enumerate(fsq_code(numbers[0], segment.levels)[:, :2].tolist()):
+        counts = predictions(network, text[row : row + 1], tuple(levels))[0].astype(np.float64)
+        log_found = np.log(counts / counts.sum(-1, keepdims=True))
+        divergence = (np.exp(expected[row]) * (expected[row] - log_found)).sum(-1).mean()
+        assert divergence < 0.01
+        assert (np.exp(without[row]) * (without[row] - log_found)).sum(-1).mean() > 5 * divergence
+
+
+def test_a_network_with_codes_begins_as_one_without() -> None:
+    """Both draw the same weights, so that they can be compared, and compute the same when no code is given."""
+    plain, with_codes = ByteModel(CONFIG), ByteModel(replace(CONFIG, code_dims=2))
+    plain.initialize(5)
+    with_codes.initialize(5)
+    ids = torch.from_numpy(rows(2, 40)).long()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids), with_codes(ids), rtol=0, atol=0)
+        torch.testing.assert_close(plain(ids), with_codes(ids, torch.zeros(2, dtype=torch.long)), rtol=0, atol=0)
+        assert (plain(ids) - with_codes(ids, torch.tensor([1, 2]))).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_the_encoder_learns_through_the_rounding() -> None:
+    model = ByteModel(replace(CONFIG, code_dims=2))
+    model.initialize(5)
+    assert model.segment is not None
+    model(torch.from_numpy(rows(2, 40)).long(), torch.tensor([1, 1])).logsumexp(-1).sum().backward()
+    gradient = model.segment.numbers.weight.grad
+    assert gradient is not None
+    assert gradient[0].abs().max() > 0
+    assert gradient[1].abs().max() == 0  # the second dimension was not sent
+
+
+def test_the_encoder_uses_all_levels_from_the_start() -> None:
+    model = ByteModel(replace(CONFIG, code_dims=2, code_levels=4))
+    model.initialize(5)
+    assert model.segment is not None
+    ids = torch.from_numpy(rows(24, 60)).long()
+    model.segment.center(ids)
+    numbers = model.segment.encode(ids)
+    torch.testing.assert_close(numbers.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(numbers.std(0), torch.ones(2), atol=1e-4, rtol=0)
+    assert len(fsq_code(numbers, 4).unique()) == 4
+
+
 def extreme(seed: int, shape: Shape) -> IntegerWeights:
     """Weights and scales at the ends of what a file may hold."""
     generator, arrays = np.random.default_rng(seed), {}
     for name, (size, kind) in expected_arrays(shape).items():
-        if name == "table.scales":
+        if name in ("table.scales", "code.scale"):
             values = generator.choice([0, 1, (1 << 20) - 1], size)
         elif name.endswith((".scale", ".scores")):
             values = generator.choice([0, 1 << 20, 1 << 27, (1 << 31) - 1], size)
@@ -81,7 +176,7 @@ def extreme(seed: int, shape: Shape) -> IntegerWeights:
             values = generator.choice([1 - (1 << 26), -5000, 0, (1 << 26) - 1], size)
         elif name.endswith((".gains", ".gain")):
             values = generator.choice([1, 1 << 33, 1 << 40, (1 << 52) - 1], size)
-        elif name.startswith("table."):
+        elif name.startswith("table.") or name == "code":
             values = generator.choice([-128, -1, 0, 127], size)
         else:
             values = generator.choice([-63, 63], size) if seed % 2 else np.full(size, 63)
@@ -92,13 +187,15 @@ def extreme(seed: int, shape: Shape) -> IntegerWeights:
 @needs_compiler
 @pytest.mark.parametrize("seed", range(12))
 def test_no_sum_overflows_whatever_the_weights(seed: int) -> None:
-    shape = Shape(width=512, layers=1, heads=1, head_width=256, hidden=2048, window=32, table_bits=(3, 3, 3, 3, 3))
-    worst = extreme(seed, shape)
+    sizes = {"width": 512, "layers": 1, "heads": 1, "head_width": 256, "hidden": 2048, "window": 32}
+    shape = Shape(**sizes, table_bits=(3, 3, 3, 3, 3), code_dims=8, code_levels=2)
+    worst, code = extreme(seed, shape), (0, 1, 1, 0, 1, 0, 0, 1)
     check(worst, "extreme")
     text = rows(2, 40)
-    expected = predictions(IntegerNetwork(worst, how="reference"), text)
+    expected = predictions(IntegerNetwork(worst, how="reference"), text, code)
     for how in ("native", "portable"):
-        np.testing.assert_array_equal(predictions(IntegerNetwork(worst, how=how), text), expected)  # type: ignore[arg-type]
+        network = IntegerNetwork(worst, how=how)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(predictions(network, text, code), expected)
 
 
 def test_streams_and_their_number_do_not_matter(weights: IntegerWeights) -> None:
@@ -200,6 +297,24 @@ def test_a_file_keeps_the_network(weights: IntegerWeights, tmp_path: Path) -> No
     np.testing.assert_array_equal(predictions(network, text), predictions(IntegerNetwork(weights), text))
 
 
+def test_a_file_keeps_the_rows_of_codes(coded: IntegerWeights, tmp_path: Path) -> None:
+    save(coded, tmp_path / "network.bin")
+    network = IntegerNetwork.load(tmp_path / "network.bin")
+    assert (network.dims, network.levels, network.sha256) == (3, 4, coded.sha256)
+    text = rows(1, 20)
+    np.testing.assert_array_equal(predictions(network, text, (1, 2)), predictions(IntegerNetwork(coded), text, (1, 2)))
+
+
+def test_an_older_network_is_what_it_was(tmp_path: Path) -> None:
+    """golden_network.bin was written before there were codes; neither its digest nor its file may change."""
+    weights = load(GOLDEN)
+    assert weights.sha256 == "69d85f178d58864544a4ab37073927b636d8b150415911fcf22b4f620225c094"
+    assert IntegerNetwork(weights).dims == 0
+    save(weights, tmp_path / "again.bin")
+    assert load(tmp_path / "again.bin").sha256 == weights.sha256
+    assert b"code" not in (tmp_path / "again.bin").read_bytes()
+
+
 def test_damaged_files_are_refused(weights: IntegerWeights, tmp_path: Path) -> None:
     file = tmp_path / "network.bin"
     save(weights, file)
@@ -253,6 +368,8 @@ def test_wrong_bytes_and_settings_are_refused(weights: IntegerWeights) -> None:
             network.advance(state, wrong)
     with pytest.raises(ConfigError, match="streams"):
         network.open(0)
+    with pytest.raises(DataError, match="expected at most 0 levels"):
+        network.open(1, (0,))
     if network.means.startswith("compiled"):
         with pytest.raises(DataError, match="another network"):
             IntegerNetwork(weights).advance(state, np.zeros(2, np.uint8))
@@ -289,7 +406,19 @@ def test_rows_are_cut_where_the_error_is_least() -> None:
     assert best_clip(np.append(np.full(1000, 0.1), 1.0), 7) < 1.0
 
 
+def test_codes_that_the_network_has_not_are_refused(coded: IntegerWeights) -> None:
+    for code in ((4,), (-1,), (0, 0, 0, 0)):
+        with pytest.raises(DataError, match="expected at most 3 levels below 4"):
+            IntegerNetwork(coded).open(1, code)
+    for change in ({"code_dims": 9}, {"code_levels": 17}, {"code_dims": 2}):
+        wrong = IntegerWeights(shape=replace(coded.shape, **change), arrays=coded.arrays, provenance={})
+        with pytest.raises(CheckpointError):
+            check(wrong, "wrong")
+
+
 def test_sizes_that_have_no_integer_form_are_refused() -> None:
+    with pytest.raises(ConfigError, match="code_levels: got 1, expected 2 to 16"):
+        ByteModelConfig(code_levels=1)
     with pytest.raises(ConfigError, match="width"):
         ByteModelConfig(width=40)
     with pytest.raises(ConfigError, match="table_bits"):

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from luthier.core.errors import ConfigError
-from luthier.entropy.codec.mixing import _library, open_mixing
+from luthier.entropy.codec.mixing import Mixing, _library, open_mixing
 from luthier.entropy.codec.tables import EXACT, MOST, TOP, tables
 
 needs_compiler = pytest.mark.skipif(_library().code is None, reason=_library().reason)
@@ -69,6 +69,28 @@ def test_it_decodes_what_it_encoded(streams: int, network: bool) -> None:
 def test_a_frame_is_cheaper_after_another_like_it() -> None:
     first, second = code([TEXT * 4, TEXT * 4], 1, network=False, native=True, payloads=None)
     assert len(second) < len(first) / 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("native", [True, False])
+def test_a_copy_goes_on_alike_and_apart(native: bool) -> None:
+    def run(mixing: Mixing, before: bytes, text: bytes) -> bytes | None:
+        mixing.begin(bytearray(before + text), len(before), len(text), 1, 0, None)
+        mixing.run(len(text))
+        return mixing.finish()
+
+    size = 400 if native else 60
+    first, other, last = (TEXT * 5)[:size], (TEXT[::-1] * 5)[:size], (TEXT * 4)[7 : size // 2]
+    straight, copied = open_mixing(SLOTS, native=native), open_mixing(SLOTS, native=native)
+    assert run(straight, b"", first) == run(copied, b"", first)
+    copy = copied.copy()
+    run(copied, first, other)  # what one learns, the other does not
+    wanted = run(straight, first, last)
+    assert run(copy, first, last) == wanted
+    assert run(copied, first, last) != wanted
+    del copied
+    copy.reset()
+    assert run(copy, b"", first) == run(open_mixing(SLOTS, native=native), b"", first)
 
 
 @needs_compiler

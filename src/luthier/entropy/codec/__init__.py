@@ -7,6 +7,7 @@ So a file made on one machine is decoded on any other. Files in reading order:
 - `mixing_reference.py`  context mixing: what predicts a bit, how predictions are weighed, what learns
 - `mixing.c`             the same, fast
 - `mixing.py`            which of the two runs
+- `segment_code.py`      a code of a whole frame: its number, and the search for it
 - `frames.py`            pieces of the input, the streams in them, and where the network enters
 - `container.py`         the `.lut` file
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from luthier.core.errors import ConfigError
 from luthier.entropy.codec.integer_features import NAMES
+from luthier.entropy.codec.integer_weights import MAX_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class ByteModelConfig:
     """Bytes that one layer attends to, the current one included."""
     table_bits: tuple[int, ...] = (12, 13, 13, 13, 13)
     """Binary logarithm of the rows of each hashed table, in the order of `integer_features.NAMES[1:]`."""
+    code_dims: int = 0
+    """Dimensions of a code of the whole segment; 0: the network knows none."""
+    code_levels: int = 4
+    """Levels of each dimension."""
 
     def __post_init__(self) -> None:
         for name in ("width", "head_width", "hidden", "window"):
@@ -38,6 +43,10 @@ class ByteModelConfig:
                 f"table_bits: got {self.table_bits}, expected {len(NAMES) - 1} numbers from 1 to 20",
                 hint="for example 12 13 13 13 13",
             )
+        for name, least in {"code_dims": 0, "code_levels": 2}.items():
+            if not least <= getattr(self, name) <= MAX_CODE[name]:
+                expected = f"expected {least} to {MAX_CODE[name]}"
+                raise ConfigError(f"{name}: got {getattr(self, name)}, {expected}", hint="for example 4")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -73,6 +82,12 @@ class TrainCodecConfig:
     """Query heads."""
     table_bits: tuple[int, ...] = (12, 13, 13, 13, 13)
     """Binary logarithm of the rows for the last 2, 3 and 4 bytes, for the word so far, and for it with the last one."""
+    code_dims: int = 0
+    """Dimensions of a code that tells the network what text is coming, up to 8; 0 for none."""
+    code_levels: int = 4
+    """Levels of each dimension, 2 to 16."""
+    code_share: float = 0.5
+    """Share of the training sequences that get a code; the others teach the network to do without."""
 
     sequence_length: int = 256
     """Bytes per training sequence."""
@@ -121,6 +136,8 @@ class TrainCodecConfig:
         "compile",
     )
     """Settings that may differ when a run is resumed: they do not touch the result, but for rounding."""
+    CODE_SETTINGS: ClassVar[tuple[str, ...]] = ("code_dims", "code_levels", "code_share")
+    """Settings that say nothing when `code_dims` is 0; runs without codes do not store them, as older ones did not."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_size", "micro_batch_size", "steps", "learning_rate", "eval_tokens"):
@@ -130,11 +147,14 @@ class TrainCodecConfig:
             raise ConfigError(f"held_out: got {self.held_out}, expected more than 0 and less than 1", hint="0.02")
         if not 0 <= self.broken_lines <= 1:
             raise ConfigError(f"broken_lines: got {self.broken_lines}, expected 0 to 1", hint="0.5")
+        if not 0 < self.code_share < 1:
+            raise ConfigError(f"code_share: got {self.code_share}, expected more than 0 and less than 1", hint="0.5")
         if self.warmup_steps > self.steps:
             raise ConfigError(f"warmup_steps: got {self.warmup_steps}, more than all steps", hint="lower warmup_steps")
         self.model()
 
     def model(self) -> ByteModelConfig:
         """The network's own settings."""
-        names = ("width", "hidden", "head_width", "window", "layers", "heads", "table_bits")
+        sizes = ("width", "hidden", "head_width", "window", "layers", "heads", "table_bits")
+        names = (*sizes, "code_dims", "code_levels")
         return ByteModelConfig(**{name: getattr(self, name) for name in names})

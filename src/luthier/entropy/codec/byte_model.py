@@ -4,6 +4,9 @@ A causal transformer whose parts all have a cheap exact integer form: RMSNorm wi
 them), one key-value head for all queries, keys and queries of unit size, a learned bias for each head and distance
 instead of rotations, attention to the last `window` bytes only, squared ReLU, and tables of hashed short contexts
 (`integer_features`) that cost a few additions a byte and spare the first layers the work of counting letters.
+
+With segment codes, an encoder that has seen all of a sequence makes one of it in training, and each level of each
+dimension adds a row of its own to the input of the network at every byte. Compressing needs the rows alone.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from torch import Tensor, nn
 
 from luthier.entropy.codec.byte_config import ByteModelConfig
 from luthier.entropy.codec.integer_features import LETTER, LETTERS, MASK, NEWLINE, ORDERS, SPREAD, WORD
+from luthier.entropy.quantizer import fsq_straight_through, fsq_values
 
 EPSILON = 1e-6
+ENCODER_BITS = 12  # logarithm of the number of features of the encoder of segment codes
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -112,6 +117,50 @@ class Block(nn.Module):
         return out
 
 
+class SegmentCode(nn.Module):
+    """What makes a code of m dimensions of a sequence, and what the network is given of it.
+
+    The encoder is a linear map of how often each hashed short context occurs, made comparable by `center`.
+    """
+
+    def __init__(self, config: ByteModelConfig) -> None:
+        super().__init__()
+        self.dims, self.levels = config.code_dims, config.code_levels
+        self.numbers = nn.Linear(1 << ENCODER_BITS, self.dims, bias=False)
+        self.direction = nn.Parameter(torch.zeros(self.dims, config.width))  # times a level's value, -1 to 1
+        self.presence = nn.Parameter(torch.zeros(self.dims, config.width))  # whenever the dimension has a level
+        self.register_buffer("usual", torch.zeros(1 << ENCODER_BITS), persistent=False)
+
+    def features(self, ids: Tensor) -> Tensor:
+        """Bytes (B, T) to square roots of the shares of their contexts (B, 2^12), less what is usual."""
+        rows = torch.cat(context_rows(ids, (ENCODER_BITS,) * (len(ORDERS) + 2)), 1)
+        counts = torch.zeros(len(ids), 1 << ENCODER_BITS, device=ids.device)
+        counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=counts.dtype))
+        return (counts / rows.shape[1]).sqrt() - self.get_buffer("usual")
+
+    @torch.no_grad()
+    def center(self, ids: Tensor) -> None:
+        """Make the numbers of sample sequences (B, T) spread about 0 by 1, so that all levels are in use at first."""
+        self.get_buffer("usual").copy_(self.get_buffer("usual") + self.features(ids).mean(0))
+        self.numbers.weight.div_(self.encode(ids).std(0)[:, None].clamp_min(1e-3))
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Bytes (B, T) to numbers before rounding (B, m)."""
+        numbers: Tensor = self.numbers(self.features(ids))
+        return numbers
+
+    def added(self, numbers: Tensor, sent: Tensor) -> Tensor:
+        """What the first `sent` (B) dimensions of numbers (B, m), rounded, add to the input: (B, D)."""
+        kept = (torch.arange(self.dims, device=sent.device) < sent[:, None]).float()
+        values = fsq_straight_through(numbers, self.levels)
+        return (values * kept) @ self.direction + kept @ self.presence
+
+    def rows(self) -> Tensor:
+        """(m, L, D): what each level of each dimension adds."""
+        values = fsq_values(torch.arange(self.levels, device=self.direction.device), self.levels)
+        return values[:, None] * self.direction[:, None] + self.presence[:, None]
+
+
 class ByteModel(nn.Module):
     """Bytes (B, T) to logits in nats of the next byte (B, T, 256)."""
 
@@ -122,6 +171,7 @@ class ByteModel(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(rows, config.width) for rows in sizes)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, 256, bias=False)
+        self.segment = SegmentCode(config) if config.code_dims else None
 
     @property
     def layers(self) -> list[Block]:
@@ -133,19 +183,30 @@ class ByteModel(nn.Module):
         """Random weights: matrices at the inverse root of their inputs, zero where blocks and contexts write."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
+            if name.startswith("segment."):
+                continue
             if name.endswith((".out.weight", ".down.weight")) or name.startswith("tables."):
                 weight.zero_()
             elif name.endswith(".weight"):
                 weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
         self.tables[0].get_parameter("weight").normal_(std=0.5, generator=generator)
         self.head.weight.mul_(0.5)
+        if self.segment is not None:  # last, so that the rest begins as it does without codes
+            self.segment.numbers.weight.normal_(generator=generator)
+            self.segment.direction.normal_(std=0.1, generator=generator)
+            self.segment.presence.zero_()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) bytes; the streams start with the first of them."""
-        length, window = ids.shape[1], self.config.window
+    def forward(self, ids: Tensor, sent: Tensor | None = None) -> Tensor:
+        """ids (B, T) bytes; the streams start with the first of them.
+
+        sent: how many dimensions (B) of the code of each sequence the network is given; None: none.
+        """
+        length, window, whole = ids.shape[1], self.config.window, ids
         ids = F.pad(ids, (0, -length % window), value=NEWLINE)
         rows = [ids.long(), *context_rows(ids, self.config.table_bits)]
         x: Tensor = sum(table(row) for table, row in zip(self.tables, rows, strict=True))
+        if sent is not None and self.segment is not None:
+            x = x + self.segment.added(self.segment.encode(whole), sent)[:, None]
         ages = torch.arange(window, device=ids.device)[:, None] + window - torch.arange(2 * window, device=ids.device)
         pairs = ages.clamp(0, window - 1), (ages < 0) | (ages >= window)
         for block in self.blocks:

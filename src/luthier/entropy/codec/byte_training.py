@@ -31,6 +31,7 @@ from luthier.entropy.codec.integer_features import NEWLINE
 from luthier.entropy.codec.integer_network import IntegerNetwork
 from luthier.entropy.codec.integer_weights import IntegerWeights
 from luthier.entropy.codec.quantize_network import quantize
+from luthier.entropy.codec.segment_code import network_bits
 from luthier.learn.loop import Job, LoopSettings, train
 from luthier.learn.meters import Meter, peak_flops
 from luthier.learn.objectives import IGNORED
@@ -54,9 +55,9 @@ class ByteLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Summed nats of the targets (B, T) that are bytes; scalar fp32."""
-        logits = self.model(as_bytes(input_ids)).flatten(0, 1)
+    def forward(self, input_ids: Tensor, targets: Tensor, sent: Tensor | None = None) -> Tensor:
+        """Summed nats of the targets (B, T) that are bytes, given `sent` (B) dimensions of the code; scalar fp32."""
+        logits = self.model(as_bytes(input_ids), sent).flatten(0, 1)
         wanted = targets.where((targets >= 0) & (targets < BYTES), IGNORED).flatten()
         return F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
 
@@ -94,6 +95,8 @@ def train_codec(
         )
     model = ByteModel(config.model())
     model.initialize(derive_seed(config.seed, "initial weights"))
+    if model.segment is not None:
+        model.segment.center(sample_of(mixture, config))
     if config.compile == "on":
         for block in model.layers:
             block.compile()
@@ -118,12 +121,11 @@ def train_codec(
         meter=Meter(flops_per_byte(model), peak_flops(who.device, torch.float32)),
         checkpoints=checkpoints,
         run=run,
-        evaluate=lambda: {"bits_per_byte": float_bits(model, text)},
+        evaluate=lambda: {"bits_per_byte": float_bits(model, text), **coded_bits(model, text, config.sequence_length)},
     )
     if not train(job, LoopSettings.of(config), who, console):
         return TrainedNetwork(model, state, None, None)
-    sample = np.concatenate([training_batch(mixture, config, step)["input_ids"] for step in range(SAMPLE_BATCHES)])
-    integers = quantize(model.cpu(), as_bytes(torch.from_numpy(sample)), provenance)
+    integers = quantize(model.cpu(), sample_of(mixture, config), provenance)
     scores = {"float": float_bits(model, text), "integer": integer_bits(IntegerNetwork(integers), text)}
     return TrainedNetwork(model, state, integers, scores)
 
@@ -137,7 +139,21 @@ def training_batch(mixture: WindowMixture, config: TrainCodecConfig, step: int) 
         if rng.random() < config.broken_lines:
             width = int(rng.integers(*LINE_WIDTHS))
             break_lines(row, width, column=int(rng.integers(width)))
-    return {"input_ids": rows[:, :-1], "targets": rows[:, 1:]}
+    batch = {"input_ids": rows[:, :-1], "targets": rows[:, 1:]}
+    return batch | {"sent": sent_dims(config, step)} if config.code_dims else batch
+
+
+def sample_of(mixture: WindowMixture, config: TrainCodecConfig) -> Tensor:
+    """The bytes (N, T) of the first batches, to choose scales by."""
+    batches = [training_batch(mixture, config, step)["input_ids"] for step in range(SAMPLE_BATCHES)]
+    return as_bytes(torch.from_numpy(np.concatenate(batches)))
+
+
+def sent_dims(config: TrainCodecConfig, step: int) -> NDArray[np.int64]:
+    """Dimensions of the segment code that each sequence of a step is given (B): none, or the first 1 to m of them."""
+    rng = np.random.default_rng(derive_seed(config.seed, "codes", step))
+    given = rng.random(config.batch_size) < config.code_share
+    return np.where(given, rng.integers(1, config.code_dims + 1, config.batch_size), 0)
 
 
 def break_lines(row: NDArray[np.int64], width: int, column: int = 0) -> None:
@@ -190,11 +206,28 @@ def float_bits(model: ByteModel, text: NDArray[np.uint8]) -> float:
     return nats / math.log(2) / text.size
 
 
+@torch.no_grad()
+def coded_bits(model: ByteModel, text: NDArray[np.uint8], length: int) -> dict[str, float]:
+    """Bits per byte of pieces of `length` bytes with no code and given the encoder's, and the bits of the code.
+
+    Nothing for a network that knows no codes. The loss given the code is no code length: the code has to be added.
+    """
+    if model.segment is None:
+        return {}
+    pieces = text[:, : text.shape[1] // length * length].reshape(-1, length) if text.shape[1] > length else text
+    ids = torch.from_numpy(pieces.astype(np.int64)).to(model.head.weight.device)
+    every = torch.full((len(ids),), model.segment.dims, device=ids.device)
+    found = dict[str, float]()
+    with torch.compiler.set_stance("force_eager"):
+        for name, sent in {"piece_bits": torch.zeros_like(every), "piece_bits_given_code": every}.items():
+            nats = 0.0
+            for rows, dims in zip(ids.split(STREAMS), sent.split(STREAMS), strict=True):
+                logits = model(F.pad(rows, (1, 0), value=NEWLINE)[:, :-1], dims).flatten(0, 1)
+                nats += float(F.cross_entropy(logits, rows.flatten(), reduction="sum"))
+            found[name] = nats / math.log(2) / pieces.size
+    return found | {"piece_bits_of_code": model.segment.dims * math.log2(model.segment.levels) / pieces.shape[1]}
+
+
 def integer_bits(network: IntegerNetwork, text: NDArray[np.uint8]) -> float:
-    """The same under the integer network, one byte at a time: what an ideal coder would write."""
-    state, bits, every = network.open(len(text)), 0.0, np.arange(len(text))
-    for column in text.T:
-        counts = network.probabilities(state)
-        bits -= float(np.log2(counts[every, column] / counts.sum(1, dtype=np.float64)).sum())
-        network.advance(state, np.ascontiguousarray(column))
-    return bits / text.size
+    """The same as `float_bits` under the integer network."""
+    return network_bits(network, text) / text.size

@@ -15,9 +15,10 @@
 
 | frame | bytes | |
 |---|---|---|
-| kind | 1 | 0 raw; 32 + streams (1 to 32) − 1 mixed; 64 to 95 reserved for frames with a code of the segment (EEM) |
+| kind | 1 | 0 raw; 32 + streams (1 to 32) − 1 mixed; 64 + streams − 1 mixed, the network given a code of the frame |
 | size | varint | bytes of text, 1 to 2^26 |
-| length | varint | bytes of payload; only of a mixed frame, and less than the size |
+| length | varint | bytes of payload; not of a raw frame, and less than the size |
+| code | varint | number of the code, at least 1 (`segment_code.py`); only of kinds 64 to 95 |
 | payload | | the range coder's bytes, or the text itself |
 | check | 4 | CRC-32 of all of the above, continued over the text |
 
@@ -43,11 +44,13 @@ from typing import BinaryIO
 
 from luthier.core.errors import DataError
 from luthier.entropy.codec.frames import FRAME_BYTES, MIXED, RAW, Frame, FrameCoder, Network, Progress, slot_bits
+from luthier.entropy.codec.segment_code import most_codes
 
 MAGIC, VERSION = b"\x89LUT", 1
 LENGTH_KNOWN, WITH_NETWORK = 1, 2
 INTEGERS, PROBABILITY_BITS, BYTES = 1, 16, 0
-MIXED_KIND, END_KIND = 32, 255
+MIXED_KIND, CODED_KIND, END_KIND = 32, 64, 255
+KINDS = {RAW: "raw", MIXED_KIND: "mixed", CODED_KIND: "mixed with a code"}  # by the first of 32
 MOST_FRAME = 1 << 26
 MOST_SLOT_BITS = 24
 Row = tuple[int, int, int]  # of the index: kind, size, length of the payload
@@ -65,7 +68,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A file in numbers, all in bytes; `kinds` counts the frames of each kind."""
+    """A file in numbers, all in bytes."""
 
     size: int
     compressed: int
@@ -77,6 +80,11 @@ class Summary:
     def bits_per_byte(self) -> float:
         """Bits of the whole file per byte of the original; 0 for an empty original."""
         return 8 * self.compressed / self.size if self.size else 0.0
+
+    @property
+    def coded(self) -> int:
+        """Frames that took a segment code."""
+        return sum(kind == KINDS[CODED_KIND] for kind, _, _ in self.frames)
 
 
 class _Reader:
@@ -170,9 +178,10 @@ def decompress(
     """
     reader = _Reader(source)
     header = _read_header(reader)
-    coder = FrameCoder(header.slots, find_network(header.model) if header.model else None, native=native)
+    network = find_network(header.model) if header.model else None
+    coder = FrameCoder(header.slots, network, native=native)
     digest, rows, total = hashlib.sha256(), list[Row](), 0
-    for frame in _read_frames(reader):
+    for frame in _read_frames(reader, most_codes(network.dims, network.levels) if network else 0):
         before = zlib.crc32(reader.taken)
         data = coder.decode(frame, progress)
         if int.from_bytes(reader.read(4), "little") != zlib.crc32(data, before):
@@ -211,12 +220,12 @@ def read_summary(source: BinaryIO) -> Summary:
 
 
 def _row(frame: Frame) -> Row:
-    kind = RAW if frame.kind == RAW else MIXED_KIND + frame.streams - 1
-    return kind, frame.size, len(frame.payload)
+    first = CODED_KIND if frame.code else MIXED_KIND
+    return RAW if frame.kind == RAW else first + frame.streams - 1, frame.size, len(frame.payload)
 
 
 def _summary(header: Header, rows: list[Row], digest: str, compressed: int) -> Summary:
-    frames = tuple(("mixed" if kind else "raw", size, length) for kind, size, length in rows)
+    frames = tuple((KINDS[kind & ~31], size, length) for kind, size, length in rows)
     total = sum(size for _, size, _ in rows)
     return Summary(size=total, compressed=compressed, frames=frames, digest=digest, header=header)
 
@@ -265,13 +274,17 @@ def _read_header(reader: _Reader) -> Header:
 
 def _pack_frame(frame: Frame, data: bytes) -> bytes:
     kind, size, length = _row(frame)
-    fields = bytes([kind]) + _pack_varint(size) + (_pack_varint(length) if frame.kind == MIXED else b"")
+    numbers = [size] + [length] * (frame.kind == MIXED) + [frame.code] * (frame.code > 0)
+    fields = bytes([kind]) + b"".join(_pack_varint(number) for number in numbers)
     before = zlib.crc32(fields + frame.payload)
     return fields + frame.payload + zlib.crc32(data, before).to_bytes(4, "little")
 
 
-def _read_frames(reader: _Reader) -> Iterator[Frame]:
-    """The frames up to the index, without the checks that follow them; the first byte of the index is read."""
+def _read_frames(reader: _Reader, most_codes: int) -> Iterator[Frame]:
+    """The frames up to the index, without the checks that follow them; the first byte of the index is read.
+
+    most_codes: how many segment codes the network knows.
+    """
     number = 0
     while True:
         reader.mark(f"frame {number}")
@@ -280,15 +293,22 @@ def _read_frames(reader: _Reader) -> Iterator[Frame]:
             reader.mark("index")
             reader.taken = bytes([END_KIND])
             return
-        if kind != RAW and not MIXED_KIND <= kind < MIXED_KIND + 32:
-            raise reader.fault(f"its kind is {kind}, which this version does not know")
+        _check_kind(reader, kind)
         size = reader.varint()
         length = reader.varint() if kind else size
         if not 1 <= size <= MOST_FRAME or length > size:
             raise reader.fault(f"{length:,} bytes for {size:,} bytes of text")
+        code = reader.varint() if kind >= CODED_KIND else 0
+        if kind >= CODED_KIND and not 1 <= code <= most_codes:
+            raise reader.fault(f"its segment code is {code:,}, and the network's are 1 to {most_codes:,}")
         payload = reader.read(length)
-        yield Frame(MIXED if kind else RAW, size, kind - MIXED_KIND + 1 if kind else 0, payload)
+        yield Frame(MIXED if kind else RAW, size, (kind & 31) + 1 if kind else 0, payload, code)
         number += 1
+
+
+def _check_kind(reader: _Reader, kind: int) -> None:
+    if kind & ~31 not in KINDS or RAW < kind < MIXED_KIND:
+        raise reader.fault(f"its kind is {kind}, which this version does not know")
 
 
 def _pack_index(rows: list[Row], digest: bytes) -> bytes:
@@ -305,4 +325,6 @@ def _read_index(reader: _Reader) -> tuple[list[Row], bytes]:
     length = len(reader.taken)
     if int.from_bytes(reader.read(4), "little") != length:
         raise reader.fault("its length differs")
+    for kind, _, _ in rows:
+        _check_kind(reader, kind)
     return rows, digest

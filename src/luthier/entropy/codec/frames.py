@@ -5,6 +5,9 @@ so frames are decoded in order. A raw frame holds its bytes as they are, and mak
 
 A mixed frame is cut into streams of equal length, which are coded in lockstep, so that a network reads them as one
 batch. Without a network, one stream is best.
+
+A network may be told a code of the whole frame (`segment_code`), which then stands in the frame. Where the search finds
+a code that promises to help, the frame is encoded without it and with it, and the shorter one is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.entropy.codec.mixing import Mixing, open_mixing
+from luthier.entropy.codec.segment_code import Code, code_of, find_code, number_of, varint_bytes
 
 RAW, MIXED = 0, 1
 FRAME_BYTES = 4 << 20
@@ -26,16 +30,23 @@ NETWORK_STREAMS = 16
 class Network(Protocol):
     """A byte-level network whose probabilities are integers, the same on every machine.
 
-    A network that is conditioned on a code of the whole segment (EEM) would take that code in `open`; frames of such a
-    kind are reserved in the format.
+    It may be conditioned on a code of the whole segment (EEM).
     """
 
     @property
     def sha256(self) -> str:
         """Hexadecimal digest that names the network in a file."""
 
-    def open(self, streams: int, /) -> Any:
-        """The state of some streams at their beginning."""
+    @property
+    def dims(self) -> int:
+        """Dimensions of its segment codes; 0 when it knows none."""
+
+    @property
+    def levels(self) -> int:
+        """Levels of each dimension."""
+
+    def open(self, streams: int, code: Code = (), /) -> Any:
+        """The state of some streams at their beginning; the code holds for all of them."""
 
     def probabilities(self, state: Any, /) -> NDArray[np.uint32]:
         """Counts [streams, 256] of the next byte, each at least 1, of any total."""
@@ -50,13 +61,30 @@ class Progress(Protocol):
     def __call__(self, size: int) -> object: ...
 
 
+class _Half:
+    """Progress of one of two runs over the same bytes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.left = progress, 0
+
+    def __call__(self, size: int) -> None:
+        whole, self.left = divmod(self.left + size, 2)
+        self.progress(whole)
+
+
 class Frame(NamedTuple):
-    """One frame as it stands in a file."""
+    """One frame as it stands in a file. `code` is the number of a segment code, 0 for none."""
 
     kind: int
     size: int
     streams: int
     payload: bytes
+    code: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Bytes of payload and code."""
+        return len(self.payload) + (varint_bytes(self.code) if self.code else 0)
 
 
 def slot_bits(size: int | None) -> int:
@@ -75,12 +103,31 @@ class FrameCoder:
 
     def encode(self, data: bytes, progress: Progress = lambda size: None) -> Frame:
         """A mixed frame, or a raw one when that is not longer. `data` has 1 to 2^31 bytes."""
-        streams = self._streams(len(data))
-        payload = self._run(bytearray(self._before + data), len(data), streams, None, progress)
-        if payload is None or len(payload) >= len(data):
+        code = find_code(self.network, data) if self.network is not None else ()
+        frame = self._shorter(data, code, progress) if code else self._mixed(data, (), progress)
+        if frame is None or frame.cost >= len(data):
             return self.store(data)
         self._keep(data)
-        return Frame(MIXED, len(data), streams, payload)
+        return frame
+
+    def _shorter(self, data: bytes, code: Code, progress: Progress) -> Frame | None:
+        """The frame without the code or the one with it; the mixing goes on from the one that it gives."""
+        half, without = _Half(progress), self.mixing
+        self.mixing = without.copy()
+        coded = self._mixed(data, code, half)
+        with_code, self.mixing = self.mixing, without
+        plain = self._mixed(data, (), half)
+        if plain is not None and (coded is None or plain.cost <= coded.cost):
+            return plain
+        self.mixing = with_code
+        return coded
+
+    def _mixed(self, data: bytes, code: Code, progress: Progress) -> Frame | None:
+        """A frame under a code; None when it is longer than the data."""
+        streams = self._streams(len(data))
+        payload = self._run(bytearray(self._before + data), len(data), streams, code, None, progress)
+        number = number_of(code, self.network.levels) if self.network is not None and code else 0
+        return None if payload is None else Frame(MIXED, len(data), streams, payload, number)
 
     def store(self, data: bytes) -> Frame:
         """A raw frame."""
@@ -94,12 +141,15 @@ class FrameCoder:
             progress(frame.size)
             return frame.payload
         text = bytearray(self._before + bytes(frame.size))
-        self._run(text, frame.size, frame.streams, frame.payload, progress)
+        code = code_of(frame.code, self.network.levels) if self.network is not None else ()
+        self._run(text, frame.size, frame.streams, code, frame.payload, progress)
         data = bytes(text[len(self._before) :])
         self._keep(data)
         return data
 
-    def _run(self, text: bytearray, size: int, streams: int, payload: bytes | None, progress: Progress) -> bytes | None:
+    def _run(
+        self, text: bytearray, size: int, streams: int, code: Code, payload: bytes | None, progress: Progress
+    ) -> bytes | None:
         start, steps = len(self._before), -(-size // streams)
         self.mixing.begin(text, start, size, streams, self._shift, payload)
         if self.network is None:
@@ -108,13 +158,13 @@ class FrameCoder:
                 self.mixing.run(min(chunk, steps - first))
                 progress(min(chunk, steps - first) * streams)
         else:
-            self._run_with_network(self.network, text, start, steps, streams, progress)
+            self._run_with_network(self.network, code, text, start, steps, streams, progress)
         return self.mixing.finish()
 
     def _run_with_network(
-        self, network: Network, text: bytearray, start: int, steps: int, streams: int, progress: Progress
+        self, network: Network, code: Code, text: bytearray, start: int, steps: int, streams: int, progress: Progress
     ) -> None:
-        state = network.open(streams)
+        state = network.open(streams, code)
         view = np.frombuffer(text, np.uint8)[start:]
         firsts = np.arange(streams) * steps
         for step in range(steps):

@@ -291,14 +291,15 @@ static void attend(const Network *net, const Layer *layer, const State *state, u
 
 /* ---- one step of some streams ---- */
 
-static void embed(const Network *net, State *state, int64_t b, uint8_t byte) {
+/* start: (D) rows of a segment code and a half, or NULL for the half alone. */
+static void embed(const Network *net, State *state, const int32_t *start, int64_t b, uint8_t byte) {
     const uint32_t letter = net->letters[byte];
     if (letter == 0 && state->word[b] != 0) state->before[b] = state->word[b];
     state->word[b] = letter == 0 ? 0 : state->word[b] * 0x2F0B4C47u + letter;
     state->recent[b] = state->recent[b] << 8 | byte;
     const int64_t width = net->width;
     int32_t *restrict x = state->residual + b * width;
-    for (int64_t d = 0; d < width; d++) x[d] = 128;
+    for (int64_t d = 0; d < width; d++) x[d] = start ? start[d] : 128;
     for (int t = 0; t < TABLES; t++) {
         uint32_t key = state->recent[b];
         if (net->orders[t] < 4) key &= (1u << 8 * net->orders[t]) - 1;
@@ -354,10 +355,10 @@ static void predict(const State *state, int64_t first, int64_t last) {
     }
 }
 
-static void step_streams(const Network *net, State *state, const uint8_t *bytes, int64_t thread, int64_t first,
-                         int64_t last) {
+static void step_streams(const Network *net, State *state, const uint8_t *bytes, const int32_t *start, int64_t thread,
+                         int64_t first, int64_t last) {
     const int64_t ring = net->window * net->head_width;
-    for (int64_t b = first; b < last; b++) embed(net, state, b, bytes[b]);
+    for (int64_t b = first; b < last; b++) embed(net, state, start, b, bytes[b]);
     for (int64_t l = 0; l < net->num_layers; l++) {
         const Layer *layer = net->layers + l;
         enter(net, state, layer->attention_gain, first, last);
@@ -399,11 +400,12 @@ struct Pool {
     const Network *net;
     State *state;
     const uint8_t *bytes;
+    const int32_t *start;
 };
 
 static void share(Pool *pool, int64_t number) {
     const int64_t streams = pool->state->streams, threads = pool->threads;
-    step_streams(pool->net, pool->state, pool->bytes, number, streams * number / threads,
+    step_streams(pool->net, pool->state, pool->bytes, pool->start, number, streams * number / threads,
                  streams * (number + 1) / threads);
 }
 
@@ -457,11 +459,12 @@ Pool *pool_open(int64_t threads) {
     return pool;
 }
 
-/* Read one byte of each stream, and fill in the probabilities of the next. */
-void pool_step(Pool *pool, const Network *net, State *state, const uint8_t *bytes) {
+/* Read one byte of each stream, whose residual streams begin with `start`, and fill in the probabilities of the next. */
+void pool_step_from(Pool *pool, const Network *net, State *state, const uint8_t *bytes, const int32_t *start) {
     pool->net = net;
     pool->state = state;
     pool->bytes = bytes;
+    pool->start = start;
     if (pool->threads > 1) {
         pthread_mutex_lock(&pool->lock);
         pool->running = pool->threads - 1;
@@ -476,4 +479,9 @@ void pool_step(Pool *pool, const Network *net, State *state, const uint8_t *byte
         pthread_mutex_unlock(&pool->lock);
     }
     state->position++;
+}
+
+/* The same of streams without a segment code. */
+void pool_step(Pool *pool, const Network *net, State *state, const uint8_t *bytes) {
+    pool_step_from(pool, net, state, bytes, NULL);
 }

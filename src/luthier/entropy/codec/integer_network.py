@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.native import FLAGS, Library, load_library
 from luthier.entropy.codec.integer_features import LETTERS, NAMES, NEWLINE, ORDERS, History
-from luthier.entropy.codec.integer_reference import ReferenceState, reference_open, reference_step
+from luthier.entropy.codec.integer_reference import ReferenceState, reference_open, reference_step, start_of
 from luthier.entropy.codec.integer_weights import GAINS, SYMBOLS, IntegerWeights, load
+from luthier.entropy.codec.segment_code import Code
 
 SOURCE = Path(__file__).with_name("integer_network.c")
 OWN_FLAGS = ("-pthread", "-fno-math-errno")  # the latter makes a square root an instruction, without a library
@@ -95,6 +96,8 @@ class NativeState:
     owner: _Native
     handle: _State
     arrays: dict[str, NDArray[Any]]
+    start: NDArray[np.int32] | None
+    """(D): what the residual stream begins with under a segment code."""
 
 
 State = NativeState | ReferenceState
@@ -138,11 +141,29 @@ class IntegerNetwork:
         """Bytes that one layer attends to; L layers together see about L times as many."""
         return self.weights.shape.window
 
-    def open(self, streams: int) -> State:
-        """A state of `streams` streams before their first byte; it holds a little over 2 W S bytes per layer each."""
+    @property
+    def dims(self) -> int:
+        """Dimensions of the segment codes that it was trained with; 0 when there are none."""
+        return self.weights.shape.code_dims
+
+    @property
+    def levels(self) -> int:
+        """Levels of each dimension."""
+        return self.weights.shape.code_levels
+
+    def open(self, streams: int, code: Code = ()) -> State:
+        """A state of `streams` streams before their first byte; it holds a little over 2 W S bytes per layer each.
+
+        `code`: levels of the first dimensions of the segment code, for all of the streams.
+        """
         if streams < 1:
             raise ConfigError(f"streams: got {streams}, expected at least 1", hint="open(streams=1)")
-        empty = reference_open(self.weights, streams) if self._native is None else self._native.open(streams)
+        if len(code) > self.dims or not all(0 <= level < self.levels for level in code):
+            raise DataError(
+                f"code: got {code}, expected at most {self.dims} levels below {self.levels}", hint="open(streams)"
+            )
+        opened = reference_open if self._native is None else self._native.open
+        empty = opened(self.weights, streams, code)
         self.advance(empty, np.full(streams, NEWLINE, np.uint8))
         return empty
 
@@ -170,7 +191,7 @@ class _Native:
 
     def __init__(self, library: ctypes.CDLL, weights: IntegerWeights, threads: int) -> None:
         self._kept = list[NDArray[Any]]()  # the memory that the structures point to
-        self._shape, self._threads, self._library = weights.shape, threads, library
+        self._threads, self._library = threads, library
         self._layers = (_Layer * weights.shape.layers)(*(self._layer(weights, i) for i in range(weights.shape.layers)))
         self._network = self._describe(weights)
         self._pool = library.pool_open(threads)
@@ -178,8 +199,8 @@ class _Native:
             raise ConfigError(f"threads: {threads} could not be started", hint="use fewer threads")
         self._end = weakref.finalize(self, library.pool_close, self._pool)
 
-    def open(self, streams: int) -> NativeState:
-        shape, start = self._shape, History.start(streams)
+    def open(self, weights: IntegerWeights, streams: int, code: Code) -> NativeState:
+        shape, start = weights.shape, History.start(streams)
         inner = shape.heads * shape.head_width
         widest = max(shape.width, inner + 2 * shape.head_width, shape.hidden, SYMBOLS)
         ring = (shape.layers, streams, shape.window, shape.head_width)
@@ -196,10 +217,15 @@ class _Native:
             "probabilities": np.zeros((streams, SYMBOLS), np.uint32),
         }
         pointers = [arrays[name].ctypes.data for name in _STATE_ARRAYS]
-        return NativeState(self, _State(*pointers, streams, widest, 0), arrays)
+        begin = start_of(weights, code).astype(np.int32) if code else None
+        return NativeState(self, _State(*pointers, streams, widest, 0), arrays, begin)
 
     def step(self, state: NativeState, last: NDArray[np.uint8]) -> None:
-        self._library.pool_step(self._pool, ctypes.byref(self._network), ctypes.byref(state.handle), last.ctypes.data)
+        what = self._pool, ctypes.byref(self._network), ctypes.byref(state.handle), last.ctypes.data
+        if state.start is None:
+            self._library.pool_step(*what)
+        else:
+            self._library.pool_step_from(*what, state.start.ctypes.data)
 
     def _describe(self, weights: IntegerWeights) -> _Network:
         shape, arrays = weights.shape, weights.arrays
@@ -246,4 +272,5 @@ def compiled(*, portable: bool) -> Library:
         code.pool_open.argtypes, code.pool_open.restype = [ctypes.c_int64], ctypes.c_void_p
         code.pool_close.argtypes, code.pool_close.restype = [ctypes.c_void_p], None
         code.pool_step.argtypes, code.pool_step.restype = [ctypes.c_void_p] * 4, None
+        code.pool_step_from.argtypes, code.pool_step_from.restype = [ctypes.c_void_p] * 5, None
     return Library(code, reason)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.entropy.codec.integer_features import NAMES, History, hashed
 from luthier.entropy.codec.integer_weights import GAINS, RESIDUAL_LIMIT, IntegerWeights
+from luthier.entropy.codec.segment_code import Code
 
 Ints = NDArray[np.int64]
 
@@ -70,20 +71,31 @@ class ReferenceState:
     values: Ints
     position: int
     probabilities: NDArray[np.uint32]
+    start: Ints
+    """(D): what the residual stream begins with at every byte, in 2^-8."""
 
 
-def reference_open(weights: IntegerWeights, streams: int) -> ReferenceState:
+def start_of(weights: IntegerWeights, code: Code) -> Ints:
+    """(D) a half, so that the sum is rounded, and the rows of a segment code."""
+    start = np.full(weights.shape.width, 128, np.int64)
+    for dim, level in enumerate(code):
+        row = weights.arrays["code"][dim * weights.shape.code_levels + level]
+        start += row.astype(np.int64) * int(weights.arrays["code.scale"][0])
+    return start
+
+
+def reference_open(weights: IntegerWeights, streams: int, code: Code = ()) -> ReferenceState:
     """The state of B streams in which nothing was read yet."""
     shape = weights.shape
     ring = np.zeros((shape.layers, streams, shape.window, shape.head_width), np.int64)
     empty = np.zeros((streams, 256), np.uint32)
-    return ReferenceState(History.start(streams), ring, ring.copy(), 0, empty)
+    return ReferenceState(History.start(streams), ring, ring.copy(), 0, empty, start_of(weights, code))
 
 
 def reference_step(weights: IntegerWeights, state: ReferenceState, last: NDArray[np.uint8]) -> ReferenceState:
     """Read one byte of each stream (B)."""
     history = state.history.after(last)
-    x = _embed(weights, history, last)
+    x = _embed(weights, state.start, history, last)
     state = replace(state, history=history)
     for layer in range(weights.shape.layers):
         gains = dict(zip(GAINS, weights.arrays[f"{layer}.gains"].tolist(), strict=True))
@@ -97,11 +109,11 @@ def reference_step(weights: IntegerWeights, state: ReferenceState, last: NDArray
     return replace(state, position=state.position + 1, probabilities=probabilities_of(logits))
 
 
-def _embed(weights: IntegerWeights, history: History, last: NDArray[np.uint8]) -> Ints:
+def _embed(weights: IntegerWeights, start: Ints, history: History, last: NDArray[np.uint8]) -> Ints:
     """The residual stream (B, D) at its beginning."""
     rows = [last.astype(np.intp)]
     rows += [hashed(key, bits) for key, bits in zip(history.keys(), weights.shape.table_bits, strict=True)]
-    total = np.full((len(last), weights.shape.width), 128, np.int64)
+    total = np.tile(start, (len(last), 1))
     for name, row, scale in zip(NAMES, rows, weights.arrays["table.scales"].tolist(), strict=True):
         total += weights.arrays[f"table.{name}"][row].astype(np.int64) * scale
     return total >> 8

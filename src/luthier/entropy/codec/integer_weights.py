@@ -5,6 +5,8 @@ A line that names the format, the SHA-256 of the rest (32 bytes), and an `.npz` 
 
     table.NAME          (rows, D) int8     rows that are added up (`integer_features.NAMES`)
     table.scales        (6) int32          residual units per 2^8 of a row's numbers
+    code                (m L, D) int8      only with segment codes: a row for each level of each dimension
+    code.scale          (1) int32          of these rows, in the units of table.scales
     LAYER.qkv           (H S + 2 S, D)     int8 weights of -63 ... 63, each with `.scale` (outputs) int32, in 2^-28
     LAYER.out           (D, H S)           LAYER is the number of a layer from 0
     LAYER.up            (F, D)
@@ -41,6 +43,7 @@ WEIGHT_LIMIT = 63
 RESIDUAL_LIMIT = (1 << 23) - 1
 MAX_HEAD = 256
 MAX_WINDOW = 1024  # so that mixed values stay below 2^31
+MAX_CODE = {"code_dims": 8, "code_levels": 16}  # so that what the residual stream begins with stays below 2^31
 MAX_INPUTS = {"width": 512, "hidden": 2048}  # so that 2^8 times a logit's sum, and every other sum, do too
 GAINS = ("attention", "query", "key", "mixed", "feed")
 HINT = "the file is damaged or was made by another version; get it again, or make it anew"
@@ -57,6 +60,13 @@ class Shape:
     hidden: int
     window: int
     table_bits: tuple[int, ...]
+    code_dims: int = 0
+    code_levels: int = 4
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without segment codes, as if there were none, so that digests of such networks stay."""
+        sizes = asdict(self)
+        return sizes if self.code_dims else {name: sizes[name] for name in sizes if name not in MAX_CODE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,7 @@ class IntegerWeights:
     def sha256(self) -> str:
         """Digest of shape, arrays and provenance, in hexadecimal."""
         digest = hashlib.sha256(MAGIC)
-        for part in (asdict(self.shape), dict(self.provenance)):
+        for part in (self.shape.to_dict(), dict(self.provenance)):
             digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
         for name, array in sorted(self.arrays.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
@@ -87,6 +97,9 @@ def expected_arrays(shape: Shape) -> dict[str, tuple[tuple[int, ...], type]]:
         f"table.{name}": ((rows, width), np.int8) for name, rows in zip(NAMES, sizes, strict=True)
     }
     arrays["table.scales"] = ((len(NAMES),), np.int32)
+    if shape.code_dims:
+        arrays["code"] = ((shape.code_dims * shape.code_levels, width), np.int8)
+        arrays["code.scale"] = ((1,), np.int32)
     for layer in range(shape.layers):
         matrices = {
             "qkv": (inner + 2 * size, width),
@@ -113,6 +126,8 @@ def check(weights: IntegerWeights, source: str) -> None:
     small = 0 < shape.layers <= 64 and shape.heads > 0 and shape.heads * shape.head_width <= MAX_INPUTS["width"]
     small = small and all(getattr(shape, name) <= most for name, most in MAX_INPUTS.items())
     small = small and shape.head_width <= MAX_HEAD and shape.window <= MAX_WINDOW
+    small = small and all(getattr(shape, name) <= most for name, most in MAX_CODE.items())
+    small = small and shape.code_dims >= 0 and shape.code_levels >= 2
     if not (divisible and small and len(shape.table_bits) == len(NAMES) - 1):
         raise CheckpointError(f"{source}: got the shape {shape}, which no integer network has", hint=HINT)
     wanted = expected_arrays(shape)
@@ -132,7 +147,7 @@ def check(weights: IntegerWeights, source: str) -> None:
 def _in_range(name: str, array: NDArray[Any]) -> bool:
     """Whether the numbers of an array keep all that follows from them inside 32 bits."""
     low, high = int(array.min()), int(array.max())
-    if name == "table.scales":
+    if name in ("table.scales", "code.scale"):
         return low >= 0 and high < 1 << 20
     if name.endswith((".scale", ".scores")):
         return low >= 0
@@ -140,13 +155,13 @@ def _in_range(name: str, array: NDArray[Any]) -> bool:
         return low > -(1 << 26) and high < 1 << 26
     if name.endswith((".gains", ".gain")):
         return low > 0 and high < 1 << 52
-    return name.startswith("table.") or (low >= -WEIGHT_LIMIT and high <= WEIGHT_LIMIT)
+    return name == "code" or name.startswith("table.") or (low >= -WEIGHT_LIMIT and high <= WEIGHT_LIMIT)
 
 
 def save(weights: IntegerWeights, path: Path) -> None:
     """Write the file; CheckpointError if the arrays are not a network's."""
     check(weights, str(path))
-    about = json.dumps({"shape": asdict(weights.shape), "provenance": dict(weights.provenance)}, sort_keys=True)
+    about = json.dumps({"shape": weights.shape.to_dict(), "provenance": dict(weights.provenance)}, sort_keys=True)
     stream = io.BytesIO()
     entries: dict[str, Any] = {"about": np.frombuffer(about.encode(), np.uint8), **weights.arrays}
     np.savez_compressed(stream, **entries)

@@ -330,6 +330,22 @@ Mixing *mixing_new(const Tables *tables, int64_t slot_bits) { /* NULL where the 
     return m;
 }
 
+/* Learn what another state has learned; both have as many slots. The frame that it is in does not come along. */
+void mixing_copy(Mixing *m, const Mixing *other) {
+    uint8_t *slots = m->slots;
+    uint32_t *positions = m->positions;
+    int32_t *weights[SETS];
+    memcpy(weights, m->weights, sizeof weights);
+    *m = *other;
+    m->slots = slots;
+    m->positions = positions;
+    memcpy(m->weights, weights, sizeof weights);
+    memcpy(m->slots, other->slots, ((size_t)m->slot_mask + 1) * 16);
+    memcpy(m->positions, other->positions, sizeof(uint32_t) << MATCH_BITS);
+    for (int k = 0; k < SETS; k++)
+        memcpy(m->weights[k], other->weights[k], sizeof(int32_t) * INPUTS * (size_t)SIZES[k]);
+}
+
 /* Start a frame: text[start .. start + bytes) in `streams` pieces, after text[0 .. start), which both sides know.
    `shift` is how far the text has moved down since the last frame. */
 void mixing_begin(Mixing *m, uint8_t *text, int64_t start, int64_t bytes, int64_t streams, int64_t shift,

@@ -28,6 +28,9 @@ class Mixing(Protocol):
     def reset(self) -> None:
         """Forget everything."""
 
+    def copy(self) -> Mixing:
+        """Another state that has learned the same, to begin a frame with."""
+
     def begin(self, text: bytearray, start: int, size: int, streams: int, shift: int, payload: bytes | None) -> None:
         """Start a frame, text[start : start + size], in 1 to 32 streams; text[:start] is known to both sides.
 
@@ -50,7 +53,7 @@ class NativeMixing:
     """`Mixing` by the compiled code."""
 
     def __init__(self, library: ctypes.CDLL, slot_bits: int) -> None:
-        self._library, self._tables = library, tables()
+        self._library, self._tables, self._slot_bits = library, tables(), slot_bits
         pointers = _Tables(*(array.ctypes.data for array in self._tables))
         state = library.mixing_new(ctypes.byref(pointers), slot_bits)
         if not state:
@@ -61,6 +64,12 @@ class NativeMixing:
     def reset(self) -> None:
         """Forget everything."""
         self._library.mixing_reset(self._state)
+
+    def copy(self) -> NativeMixing:
+        """Another state that has learned the same; see `Mixing`."""
+        other = NativeMixing(self._library, self._slot_bits)
+        self._library.mixing_copy(other._state, self._state)
+        return other
 
     def begin(self, text: bytearray, start: int, size: int, streams: int, shift: int, payload: bytes | None) -> None:
         """Start a frame; see `Mixing`."""
@@ -106,6 +115,7 @@ def _library() -> Library:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.code.mixing_new.argtypes, found.code.mixing_new.restype = [pointer, number], pointer
         found.code.mixing_free.argtypes = found.code.mixing_reset.argtypes = [pointer]
+        found.code.mixing_copy.argtypes, found.code.mixing_copy.restype = [pointer, pointer], None
         found.code.mixing_begin.argtypes = [pointer, pointer, *[number] * 4, pointer, number, ctypes.c_int]
         found.code.mixing_run.argtypes = [pointer, number, pointer]
         found.code.mixing_finish.argtypes, found.code.mixing_finish.restype = [pointer], number

@@ -10,6 +10,7 @@ Streams are coded in turn, a byte of each at a time. They learn into the same ta
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ class Stream:
 
 
 class ReferenceMixing:
-    """The state of a coder between frames; `begin`, `run` and `finish` are those of `mixing.Mixing`."""
+    """The state of a coder between frames; `copy`, `begin`, `run` and `finish` are those of `mixing.Mixing`."""
 
     def __init__(self, slot_bits: int) -> None:
         self.slot_mask = (1 << slot_bits) - 1
@@ -109,6 +110,10 @@ class ReferenceMixing:
         curve = np.array([self._squashed((k - 16) * 128) for k in range(33)], np.int64)
         self.curve0: defaultdict[int, Curve] = defaultdict(curve.copy)
         self.curve2: defaultdict[int, Curve] = defaultdict(curve.copy)
+
+    def copy(self) -> ReferenceMixing:
+        """Another state that has learned the same."""
+        return copy.deepcopy(self)
 
     def begin(self, text: bytearray, start: int, size: int, streams: int, shift: int, payload: bytes | None) -> None:
         """Start a frame of `size` bytes at text[start]; `payload` is what to decode, None to encode."""

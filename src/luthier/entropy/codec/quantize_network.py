@@ -39,6 +39,7 @@ Floats = NDArray[np.float64]
 RATIOS = np.linspace(0.3, 1.0, 15)  # of the largest magnitude, where to cut
 SAMPLE = 1 << 17  # numbers of an activation that are looked at
 RESIDUAL_BITS = 12  # finest unit of the residual stream: 2^-12
+COARSER = 6  # doublings of that unit at most
 HEADROOM = 4  # the residual stream may grow to this many times what the sample shows
 BITS_PER_NAT = math.log2(math.e) * (1 << FRACTION_BITS)
 
@@ -49,10 +50,7 @@ def quantize(model: ByteModel, sample: Tensor, provenance: Mapping[str, Any]) ->
     CheckpointError when a scale is out of range, which only weights that diverged can cause.
     """
     config, seen = model.config, observe(model, sample)
-    unit = _residual_unit(model, seen)
-    arrays = _tables(model, unit)
-    for number in range(config.layers):
-        arrays |= _layer(model, seen, number, unit)
+    arrays = _residual_arrays(model, seen, _residual_unit(model, seen))
     clip = best_clip(seen["head"], 127)
     arrays |= _matrix("head", weight_of(model.head), clip / 127 * BITS_PER_NAT, LOGIT_SHIFT)
     arrays["head.gain"] = _gains(127 / clip * math.sqrt(config.width))
@@ -62,9 +60,27 @@ def quantize(model: ByteModel, sample: Tensor, provenance: Mapping[str, Any]) ->
     return weights
 
 
+def _residual_arrays(
+    model: ByteModel, seen: Mapping[str, Floats], unit: float, tries: int = COARSER
+) -> dict[str, NDArray[Any]]:
+    """All that adds to the residual stream; in a coarser unit when one number of a product is too many fine ones."""
+    try:
+        arrays = _tables(model, unit) | _code(model, unit)
+        for number in range(model.config.layers):
+            arrays |= _layer(model, seen, number, unit)
+    except CheckpointError:
+        if not tries:
+            raise
+        return _residual_arrays(model, seen, 2 * unit, tries - 1)
+    return arrays
+
+
 @torch.no_grad()
 def observe(model: ByteModel, sample: Tensor) -> dict[str, Floats]:
-    """What goes through the network on a sample: inputs of its matrices, outputs where these are cut, the residual."""
+    """What goes through the network on a sample: inputs of its matrices, outputs where these are cut, the residual.
+
+    With segment codes, the sequences are given 0, 1, … m dimensions in turn.
+    """
     seen = dict[str, Floats]()
     hooks = list[Any]()
 
@@ -84,7 +100,7 @@ def observe(model: ByteModel, sample: Tensor) -> dict[str, Floats]:
         watch(block.down, f"{number}.hidden", lambda inputs, output: inputs[0])
     watch(model.head, "head", lambda inputs, output: inputs[0])
     try:
-        model(sample)
+        model(sample, torch.arange(len(sample)) % (model.config.code_dims + 1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,6 +173,16 @@ def _tables(model: ByteModel, unit: float) -> dict[str, NDArray[Any]]:
         )
         arrays[f"table.{name}"] = np.clip(np.rint(rows / (scales[-1] * unit / 256)), -127, 127).astype(np.int8)
     return arrays | {"table.scales": np.array(scales, np.int32)}
+
+
+def _code(model: ByteModel, unit: float) -> dict[str, NDArray[Any]]:
+    """Rows of the segment code in 8 bits, with one scale as those of the tables."""
+    if model.segment is None:
+        return {}
+    rows = model.segment.rows().detach().flatten(0, 1).double().numpy()
+    scale = max(1, round(float(np.abs(rows).max()) / 127 / unit * 256))
+    whole = np.clip(np.rint(rows / (scale * unit / 256)), -127, 127).astype(np.int8)
+    return {"code": whole, "code.scale": np.array([scale], np.int32)}
 
 
 def _layer(model: ByteModel, seen: Mapping[str, Floats], number: int, unit: float) -> dict[str, NDArray[Any]]:
