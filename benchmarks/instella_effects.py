@@ -52,6 +52,7 @@ from luthier.cli.main import load_config
 from luthier.cli.run import find_recipe, read_recipe, run_recipe
 from luthier.core.config import dump_yaml, override, read_yaml
 from luthier.core.console import Console
+from luthier.core.errors import Interrupted
 from luthier.core.files import atomic_write, read_json
 from luthier.core.run import RunFolder
 from luthier.core.stats import Interval, bootstrap_ratio
@@ -411,8 +412,11 @@ def main() -> None:
     wanted = {stage for some in lines.values() for line in some for stage in line.stages}
     for seed in options.seeds:
         check_recipe(stages, seed, options.out)
-    for seed in () if options.record else options.seeds:
-        run_seed(stages, seed, options.out, wanted)
+    try:
+        for seed in () if options.record else options.seeds:
+            run_seed(stages, seed, options.out, wanted)
+    except Interrupted as error:
+        raise SystemExit(f"{error}; {error.hint}") from error
     summary = summarize(lines, options.seeds, options.out)
     if not summary["rows"]:
         raise SystemExit("no effect is finished: run without --record first")
