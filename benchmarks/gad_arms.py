@@ -52,6 +52,7 @@ from gad_world import (
     lessons,
     measure,
     picks,
+    prompt_means,
     quality,
     reply_nats,
     sample,
@@ -73,7 +74,8 @@ from luthier.distill.baselines import best_of_n, best_temperature
 from luthier.distill.discriminator import Discriminator, load_discriminator, save_discriminator
 from luthier.distill.gad_config import GADConfig
 from luthier.distill.gad_trainer import GADTrainer
-from luthier.distill.gate import measure_gate
+from luthier.distill.gate import as_texts, baseline_wins, gate, per_prompt
+from luthier.distill.objective import pair_accuracy
 from luthier.distill.replies import make_duels
 from luthier.distill.teacher import preferences
 from luthier.models.load import load_pretrained, save_pretrained
@@ -82,9 +84,9 @@ from luthier.train.dpo import dpo_loss, margins
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
 WARM_STEPS, WARM_RATE = 160, 3e-3  # of SeqKD, with a rate that falls to 0
 WARM_D_STEPS, WARM_D_RATE = 160, 2e-3  # then of D alone, as well
-STEPS, EVERY, PROMPTS, SAMPLES = 60, 10, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
+STEPS, EVERY, PROMPTS, SAMPLES = 150, 15, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
 RATE, D_RATE, D_STEPS, BETA = 2e-4, 2e-3, 2, 0.01
-SAME_TIME_STEPS = 1200  # of SeqKD, that take as long as an arm with a reward
+SAME_TIME_STEPS = 1800  # of SeqKD, that take as long as an arm with a reward
 DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA = 120, 64, 3e-4, 0.1
 BEST_OF = 8
 SETTINGS = (
@@ -174,7 +176,10 @@ class Start:
             for split in ("train", "test")
         )
         few = make_duels(train.prompts[::4], train.students[::4], [train.teachers[p] for p in train.owner[::4]], CPU)
-        found = measure_gate(self.adversary(), few, held_out)
+        right = pair_accuracy(*self.adversary().scores(held_out), held_out.owner)
+        shares = {"D": per_prompt(right, held_out.owner), **baseline_wins(as_texts(few), as_texts(held_out))}
+        wins = {name: prompt_means(held_out, values) for name, values in shares.items()}
+        found = gate(wins.pop("D"), wins)
         return {"open": found.is_open, "gate": found.text()}
 
 

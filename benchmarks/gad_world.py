@@ -201,6 +201,14 @@ def accuracy(world: World, split: str, model: Any, adversary: Adversary) -> tupl
     return float(adversary.accuracy(scores, duels).mean()), float(scores[0].mean())
 
 
+def prompt_means(duels: Duels, values: Sequence[float]) -> list[float]:
+    """Means over the teacher's replies to a prompt, of one value for each."""
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for (prompt, _), value in zip(duels.sequences()[len(duels.students) :], values, strict=True):
+        groups.setdefault(tuple(prompt), []).append(value)
+    return [float(np.mean(group)) for group in groups.values()]
+
+
 # Learning from the teacher's replies.
 
 
