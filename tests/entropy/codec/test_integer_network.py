@@ -16,7 +16,7 @@ from luthier.entropy.codec.integer_features import NEWLINE, History, hashed
 from luthier.entropy.codec.integer_network import IntegerNetwork, compiled
 from luthier.entropy.codec.integer_reference import power, probabilities_of
 from luthier.entropy.codec.integer_weights import IntegerWeights, Shape, check, expected_arrays, load, save
-from luthier.entropy.codec.quantize_network import best_clip, quantize, quantized_rows
+from luthier.entropy.codec.quantize_network import best_clip, observe, quantize, quantized_rows
 from luthier.entropy.codec.segment_code import Code
 from luthier.entropy.quantizer import fsq_code
 
@@ -99,6 +99,26 @@ def test_c_equals_the_reference_given_a_code(coded: IntegerWeights, how: str, co
     for threads in (1, 2):
         network = IntegerNetwork(coded, threads=threads, how=how)  # type: ignore[arg-type]
         np.testing.assert_array_equal(predictions(network, text, code), expected)
+
+
+def test_blocks_that_write_large_numbers_have_an_integer_form() -> None:
+    """The unit of the residual stream is as coarse as their scales need, also where the stream itself would fit."""
+    model = random_model(CONFIG)
+    with torch.no_grad():
+        for block in model.layers:
+            block.down.weight.mul_(40)
+    sample = torch.from_numpy(rows(4, 200)).long()
+    seen = observe(model, sample)
+    assert max(np.abs(seen[f"{layer}.residual"]).max() for layer in range(2)) < 400  # 2^23 of the finest unit in 4
+    weights = quantize(model, sample, {})
+    assert max(weights.arrays[f"{layer}.down.scale"].max() for layer in range(2)) >= 1 << 29
+    text = rows(2, 100, start=3000)
+    ids = torch.from_numpy(np.concatenate([np.full((2, 1), NEWLINE), text[:, :-1]], 1)).long()
+    with torch.no_grad():
+        expected = model(ids).log_softmax(-1).double().numpy()
+    counts = predictions(IntegerNetwork(weights), text).astype(np.float64)
+    found = np.log(counts / counts.sum(-1, keepdims=True))
+    assert (np.exp(expected) * (expected - found)).sum(-1).mean() < 0.05
 
 
 def test_every_level_of_every_dimension_counts(coded: IntegerWeights) -> None:
