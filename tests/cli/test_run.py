@@ -239,12 +239,12 @@ def test_a_verb_without_a_run_folder_gets_one(luthier: Command, tmp_path: Path) 
 def test_a_short_result_is_a_headline_and_a_printed_table_is_kept(tmp_path: Path) -> None:
     console = StageConsole(Console(out=io.StringIO()))
     console.table("Figures", ["a"], [["1"]])
-    console.result({"final_answer": "7", "text": "x" * 100, "steps": [], "files": [{"name": "n", "bytes": 3}]})
+    console.result({"final_answer": "7", "text": "x" * 100, "steps": [], "files": [{"name": "n", "bytes": None}]})
     assert console.summary() == {
         "headline": {"final answer": "7"},
         "tables": [
             {"title": "Figures", "columns": ["a"], "rows": [["1"]], "note": ""},
-            {"title": "files", "columns": ["name", "bytes"], "rows": [["n", 3]]},
+            {"title": "files", "columns": ["name", "bytes"], "rows": [["n", "—"]]},
         ],
     }
 

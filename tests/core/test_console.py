@@ -47,6 +47,15 @@ def test_a_terminal_gets_the_same_cells() -> None:
         assert cell in out.getvalue()
 
 
+def test_a_narrow_terminal_breaks_names_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    console, out, _ = make(terminal=True)
+    console.table("methods", ["method", "correct", "tokens"], [["ssr:steps=lines,temperature=1.0", "0.9605", "252.25"]])
+    assert "…" not in out.getvalue()
+    assert "0.9605  252.25" in out.getvalue()
+    assert "=1.0" in out.getvalue()
+
+
 def test_json_keeps_standard_output_for_one_object() -> None:
     console, out, err = make(as_json=True)
     console.print("text")

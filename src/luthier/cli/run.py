@@ -245,7 +245,11 @@ class StageConsole(Console):
         }
         lists = {k: v for k, v in self.values.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)}
         made = [
-            {"title": title, "columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+            {
+                "title": title,
+                "columns": list(rows[0]),
+                "rows": [["—" if v is None else v for v in r.values()] for r in rows],
+            }
             for title, rows in lists.items()
         ]
         return {"headline": short, "tables": [*self.tables, *made]}

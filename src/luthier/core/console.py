@@ -59,9 +59,9 @@ class Console:
         from rich.console import Console as Rich
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for column, aligned in zip(columns, right, strict=True):
-            table.add_column(column, justify="right" if aligned else "left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column, aligned in zip(columns, right, strict=True):  # in a narrow terminal text breaks, and numbers do not
+            table.add_column(column, justify="right" if aligned else "left", overflow="fold", no_wrap=aligned)
         for row in cells:
             table.add_row(*row)
         Rich(file=self.out, markup=False, highlight=False).print(table)
