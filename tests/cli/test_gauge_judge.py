@@ -79,6 +79,18 @@ def test_sets_of_replies_are_compared_with_the_first_and_paid_for_once(
     assert (out / "report.html").is_file()
 
 
+def test_a_judge_behind_an_endpoint_needs_no_torch(
+    luthier_without_torch: Callable[..., Any], server: StubServer, sets: list[Path], tmp_path: Path
+) -> None:
+    options = ("--judge", "stub", "--endpoint", server.url, "-o", tmp_path / "out", "--json")
+    outcome = luthier_without_torch("gauge", *sets[:2], *options)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["sets"]["gad"]["wins"] == 12
+    (tmp_path / "teacher.json").write_text(json.dumps({"model": "brackets"}))
+    exact = luthier_without_torch("gauge", "model", "--teacher", tmp_path, "-o", tmp_path / "exact")
+    assert exact.error == "this needs the package 'torch', which is not installed"
+
+
 def test_a_spent_budget_gives_no_figures_and_holds_over_all_runs(
     luthier: Callable[..., Any], server: StubServer, sets: list[Path], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import tyro
 from luthier.cli.collect import BRACKETS, open_brackets
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import ConfigError, DataError, require
 from luthier.core.files import read_json
 from luthier.core.run import RunFolder
 from luthier.core.stats import bootstrap_mean, paired_difference
@@ -125,6 +125,8 @@ def run(config: GaugeConfig, console: Console) -> None:
 
         judge(config, console)
         return
+    for package in ("torch", "transformers"):
+        require(package, "torch")
     teacher = _teacher(config)
     prompts = _prompts(config)
     may_change = ("out", "device")

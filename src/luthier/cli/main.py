@@ -181,10 +181,9 @@ VERBS = {
         stage=True,
     ),
     "gauge": Verb(
-        "how far students are from a teacher whose probabilities are known",
+        "how far students are from a teacher whose probabilities are known, or whose replies a judge prefers",
         "luthier.cli.gauge",
         "luthier.cli.gauge:GaugeConfig",
-        "torch",
         stage=True,
     ),
     "programs": Verb(
