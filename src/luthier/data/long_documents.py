@@ -137,11 +137,12 @@ class Needles:
         return {**row, "kind": "exact", "metadata": metadata}
 
     def _copy(self, rng: random.Random) -> tuple[str, tuple[str, str]]:
-        """A string of names, half of them with values, and the question and reply that go on from one of the names."""
+        """A string of names, half of them with values, and the question and reply that go on from a name of its first
+        half: long replies are practice in looking back at nearly every token."""
         chosen, first = rng.sample(names(self.names), self.copy_words), rng.randrange(2)
         values = [self._value(rng.randrange(10**self.digits)) if n % 2 == first else "" for n in range(len(chosen))]
         pieces = [f" {name}{value}" for name, value in zip(chosen, values, strict=True)]
-        start = rng.randrange(max(1, self.copy_words - 1))
+        start = rng.randrange(max(1, self.copy_words // 2))
         return "".join(pieces), (COPY_QUESTION.format(name=chosen[start]), "".join(pieces[start:]))
 
     def _value(self, number: int) -> str:
