@@ -72,7 +72,7 @@ def test_the_tour_says_what_it_leaves_out_and_tells_the_rest(tmp_path: Path, mon
             run.write_sample(1, [{"prompt": "The", "text": " early"}])
             run.write_sample(2, [{"prompt": "The", "text": " late"}])
             run.close()
-            write_json(stage.done, {"result": SCORE})
+            write_json(stage.done, {"result": SCORE, "seconds": 90, "processor_seconds": 150})
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else object())
     monkeypatch.setattr(tour, "run_recipe", finished)
@@ -86,6 +86,7 @@ def test_the_tour_says_what_it_leaves_out_and_tells_the_rest(tmp_path: Path, mon
     assert "needs 1.800 bits per byte; xz, given the same training text, needs 1.900." in " ".join(
         out.getvalue().split()
     )
+    assert "2 stages took 3.0 minutes, in which processors worked 5.0." in out.getvalue()
     assert " late" in out.getvalue()
     assert "early" not in out.getvalue()
     assert f"luthier chat {tmp_path / '01-pretrain' / 'model'}" in out.getvalue()

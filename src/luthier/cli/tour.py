@@ -27,7 +27,7 @@ class TourConfig:
     """Train, measure, quantize, reason and distill with small models on this machine, and see what came of it."""
 
     size: Literal["nano", "tiny", "small"] = "nano"
-    """Size of the first model. With nano the tour takes about 10 minutes on two cores."""
+    """Size of the first model. With nano the tour is made to take about 10 minutes on two cores."""
     out: Path = Path("runs/tour")
     """Folder of the run; the same command again goes on where it stopped."""
     set: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ def run(config: TourConfig, console: Console) -> None:
     run_recipe(recipe, config.out, changes, console, without=without)
     done = {stage.name: _read(stage) for stage in stages if stage.done.exists()}
     _show_sample(config.out / "01-pretrain", console)
-    for line in [*lines(done, config.out), "", *_told(without)]:
+    for line in [*lines(done, config.out), "", _took(stages), *_told(without)]:
         console.print(line)
 
 
@@ -80,6 +80,13 @@ def _told(without: Sequence[str]) -> list[str]:
         f"left out: {', '.join(without)}",
         "they need TRL and peft: pip install 'luthier[train]', then the same command runs them alone",
     ]
+
+
+def _took(stages: Sequence[Stage]) -> str:
+    """How long the stages ran, together; of one that was interrupted its last part counts."""
+    ran = [read_json(stage.done) for stage in stages if stage.done.exists()]
+    minutes, worked = (sum(row[name] for row in ran) / 60 for name in ("seconds", "processor_seconds"))
+    return f"{len(ran)} stages took {minutes:.1f} minutes, in which processors worked {worked:.1f}."
 
 
 def _read(stage: Stage) -> Done:
