@@ -5,9 +5,9 @@
 
 Every size is that of a whole file, headers and checksums included. Speeds are per second of processor time, all
 threads added, which a busy machine disturbs least. Ours is timed in this process without its check; a second row has
-the time with it, without a network. The others run in this process (gzip, bzip2, xz, zstd, PPMd: the best of orders 5, 6 and
-8, timed at order 6) or as a program (zpaq -m5 on one thread, its start included). PPMd needs `pip install pyppmd`; what
-is not installed is left out, and said.
+the time with it, without a network. The others run in this process (gzip, bzip2, xz, zstd, PPMd: the best of orders 5,
+6 and 8, timed at order 6) or as a program (zpaq -m5 on one thread, its start included). PPMd needs `pip install
+pyppmd`; what is not installed is left out, and said.
 """
 
 from __future__ import annotations

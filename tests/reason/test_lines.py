@@ -37,6 +37,10 @@ def test_a_sure_solver_is_asked_for_each_line_once() -> None:
     solution = asyncio.run(ask(SimulatedSolver(Habits(error=0.0)), "ssr:steps=lines", Chain.draw(4, 1).question))
     assert (solution.stop, solution.usage.calls) == ("agreed", 1 + 5)
     assert [step.votes for step in solution.steps] == [((step.step.answer, 3),) for step in solution.steps]
+    # Of three, the line itself and one more decide.
+    words = solution.usage.completion_tokens
+    fewer = asyncio.run(ask(SimulatedSolver(Habits(error=0.0)), "ssr:steps=lines,samples=3", Chain.draw(4, 1).question))
+    assert fewer.usage.completion_tokens == 2 * words / 3
 
 
 @pytest.mark.parametrize(("error", "length"), [(0.1, 6), (0.2, 4)])
@@ -53,6 +57,21 @@ def test_lines_end_right_as_often_as_majorities_of_steps(error: float, length: i
     measured, expected = asyncio.run(run()), plurality(5, error, 8) ** length
     assert abs(measured - expected) <= 4 * math.sqrt(max(expected * (1 - expected), 1 / n) / n)
     assert measured > chance_of_chain(length, habits) + 0.2
+
+
+def test_first_chains_that_agree_need_no_check_and_others_are_votes() -> None:
+    agreed = asyncio.run(ask(SimulatedSolver(Habits(error=0.0)), "ssr:steps=lines,chains=2", Chain.draw(4, 1).question))
+    assert (agreed.stop, agreed.usage.calls) == ("agreed", 1)
+    chains = ["1+1=2\n2+1=9\n####9", "1+1=2\n2+1=3\n####3"]
+
+    def reply(request: Request, index: int) -> str:
+        if not request.stop:
+            return chains[index] if request.messages[-1]["role"] == "user" else "####3"
+        return "2+1=3" if request.messages[-1]["content"].count("\n") == 1 else "####3"
+
+    solution = asyncio.run(ask(ScriptedBackend(reply), "ssr:steps=lines,chains=2,samples=3", "?"))
+    assert [step.votes for step in solution.rounds[0].steps][:2] == [(("1+1=2", 2),), (("2+1=3", 2), ("2+1=9", 1))]
+    assert solution.answer == "3"
 
 
 def test_the_first_outvoted_line_gives_way_and_the_rest_follows_from_it() -> None:

@@ -1,7 +1,8 @@
 """Steps without questions: each line of a solution is one.
 
 A line is re-answered by going on from the lines before it, and the first line that is outvoted gives way to the
-majority, from which the solution goes on. Nothing is asked that the model does not do when it solves: no decomposition
+majority, from which the solution goes on. What the solution itself says is one of the M answers, and so is what other
+first chains say after the same lines. Nothing is asked that the model does not do when it solves: no decomposition
 that can be misread, no hint that can be ignored. It needs a model that goes on with a reply that was begun for it: one
 in this process, or a server with `continue_final_message` (vLLM, SGLang).
 
@@ -12,6 +13,7 @@ after the last `=`) for the same left-hand side; lines without `=` are compared 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 
 from luthier.llm.types import Completion
@@ -26,6 +28,18 @@ _LINE = re.compile(r"[^\n]*\S[^\n]*(?:\n(?:[^\S\n]*\n)*)?")
 def pieces_of(text: str) -> list[str]:
     """A solution cut before each line; the pieces, joined, are the text again. Empty lines belong to the one before."""
     return _LINE.findall(text.strip())
+
+
+def note_lines(session: Session, text: str, start: int = 0) -> None:
+    """Count the lines of a solution, from `start` on, as answers after what stands before them."""
+    for begun, line in list(_places(text))[start:]:
+        session.memo.setdefault(begun, []).append(line)
+
+
+def _places(text: str) -> Iterator[tuple[str, str]]:
+    """Each line, and the text before it."""
+    pieces = pieces_of(text)
+    return zip(["", *accumulate(pieces)], (piece.strip() for piece in pieces), strict=False)
 
 
 async def rounds_on_lines(session: Session, chain: Proposal) -> None:
@@ -46,23 +60,19 @@ async def rounds_on_lines(session: Session, chain: Proposal) -> None:
 
 async def check_lines(session: Session, proposal: Proposal) -> Proposal:
     """Re-answer every line, all at once; what stands before a line is taken as it is."""
-    pieces = pieces_of(proposal.text)
-    begun = ["", *accumulate(pieces)]
     with session.trace.span("stage", "verify"):
-        checked = await together(
-            _check_line(session, before, piece.strip(), index)
-            for index, (before, piece) in enumerate(zip(begun, pieces, strict=False))
-        )
+        places = enumerate(_places(proposal.text))
+        checked = await together(_check_line(session, begun, line, index) for index, (begun, line) in places)
         return session.checked(proposal, checked)
 
 
 async def _check_line(session: Session, begun: str, line: str, index: int) -> CheckedStep:
-    step, known = Step(f"line {index + 1}", line), begun in session.memo and session.config.reuse_votes
+    step = Step(f"line {index + 1}", line)
     with session.trace.span("step", "step", index=index, question=step.question, answer=line) as span:
-        if not known:
-            messages = session.prompts.go_on(session.question, begun)
-            session.memo[begun] = await sample_answers(session, messages, _line_of, same=same_line, stop=("\n",))
-        checked = await weigh(session, step, session.memo[begun], same_line)
+        messages, known = session.prompts.go_on(session.question, begun), session.memo.get(begun, [])
+        answers = await sample_answers(session, messages, _line_of, known, same=same_line, stop=("\n",))
+        session.memo[begun] = answers
+        checked = await weigh(session, step, answers, same_line)
         span.data.update({k: v for k, v in checked.to_json(index).items() if k not in ("index", "question", "answer")})
     return checked
 
@@ -91,4 +101,6 @@ async def go_on_from(session: Session, proposal: Proposal, index: int) -> Propos
     begun = "".join([*pieces[:index], majority or "", ending])
     with session.trace.span("stage", "refine"):
         rest = await session.text("refine", session.prompts.go_on(session.question, begun))
-        return session.propose(proposal.round + 1, begun + rest)
+        mended = session.propose(proposal.round + 1, begun + rest)
+    note_lines(session, mended.text, start=index + 1)
+    return mended

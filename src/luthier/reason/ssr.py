@@ -6,7 +6,7 @@ stops by itself when no step is outvoted.
 
 from __future__ import annotations
 
-from luthier.reason.lines import rounds_on_lines
+from luthier.reason.lines import note_lines, rounds_on_lines
 from luthier.reason.prompts import Finding
 from luthier.reason.replies import read_score, read_tag
 from luthier.reason.session import Proposal, Session
@@ -69,9 +69,12 @@ async def first_chain(session: Session) -> Proposal | None:
     config = session.config
     with session.trace.span("round", "round", number=0), session.trace.span("stage", "solve"):
         replies = await session.ask("solve", session.prompts.solve(session.question), n=config.chains)
-        if config.chains == 1:
-            return session.propose(0, replies[0].text)
         proposals = [session.propose(0, reply.text) for reply in replies]
+        if config.steps == "lines":
+            for proposal in proposals:
+                note_lines(session, proposal.text)
+        if config.chains == 1:
+            return proposals[0]
         votes = await session.tally([proposal.answer for proposal in proposals])
         best = proposals[votes[0].members[0] if votes else 0]
         session.proposals[:] = [best]
