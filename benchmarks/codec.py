@@ -1,7 +1,7 @@
 """Bits per byte and speed of the compressor beside others, on files of your choice; or a search for its faults.
 
     python benchmarks/codec.py FILE… [--model none|auto|NETWORK] [--skip zpaq …]
-    python benchmarks/codec.py --fuzz 10000
+    python benchmarks/codec.py --fuzz 10000 [--model none|auto|NETWORK]
 
 Every size is that of a whole file, headers and checksums included. Speeds are per second of processor time, all
 threads added, which a busy machine disturbs least. Ours is timed in this process without its check; a second row has
@@ -179,21 +179,28 @@ def drawn_input(draw: random.Random) -> bytes:
     )
 
 
-def fuzz(count: int, seed: int) -> None:
+def fuzz(count: int, seed: int, network: Network | None) -> None:
     """Round trips of `count` inputs, and of each a damaged copy that must be refused."""
     began, total, longest = time.perf_counter(), 0, 0
+
+    def find(sha256: str) -> Network:
+        if network is None or network.sha256 != sha256:
+            raise DataError(f"no network {sha256}", hint="the digest is damaged")
+        return network
+
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
         data, target = drawn_input(draw), io.BytesIO()
         known = number % 50 != 0  # without a size, a coder takes 64 MiB
-        compress(io.BytesIO(data), target, size=len(data) if known else None, verify=number % 10 == 0)
+        size = len(data) if known else None
+        compress(io.BytesIO(data), target, size=size, network=network, verify=number % 10 == 0)
         packed, back = target.getvalue(), io.BytesIO()
-        decompress(io.BytesIO(packed), back, find_network=lambda sha256: required(None))
+        decompress(io.BytesIO(packed), back, find_network=find)
         assert back.getvalue() == data, f"input {number} of seed {seed} does not come back"
         damaged = bytearray(packed)
         damaged[draw.randrange(len(packed))] ^= 1 << draw.randrange(8)
         try:
-            decompress(io.BytesIO(bytes(damaged)), None, find_network=lambda sha256: required(None))
+            decompress(io.BytesIO(bytes(damaged)), None, find_network=find)
         except DataError:
             pass
         else:
@@ -201,7 +208,8 @@ def fuzz(count: int, seed: int) -> None:
         total += len(data)
         longest = max(longest, len(packed) - len(data))
     seconds = round(time.perf_counter() - began, 1)
-    record("codec_fuzz", inputs=count, seed=seed, bytes=total, most_bytes_added=longest, seconds=seconds)
+    model = network.sha256 if network else "none"
+    record("codec_fuzz", inputs=count, seed=seed, model=model, bytes=total, most_bytes_added=longest, seconds=seconds)
 
 
 def main() -> None:
@@ -212,11 +220,11 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=0, help="this many round trips instead")
     parser.add_argument("--seed", type=int, default=0)
     options: Any = parser.parse_args()
+    network = open_network(options.model)
     if options.fuzz:
-        fuzz(options.fuzz, options.seed)
+        fuzz(options.fuzz, options.seed, network)
         return
     networks: dict[str, Network | None] = {"luthier, no network": None}
-    network = open_network(options.model)
     if network is not None:
         networks["luthier"] = network
     for file in options.files:
