@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.quantize.affine import decode, encode, fake_quantize, grid
+from luthier.quantize.affine import SMALLEST_RANGE, decode, encode, fake_quantize, grid
 
 
 @settings(max_examples=30, deadline=None)
+@example(8, 213, 1e-3)
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 50.0]))
 def test_codes_decode_to_what_training_saw(bits: int, seed: int, size: float) -> None:
     weight = size * torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(seed))
     step, zero = grid(weight, bits)
     codes, points = encode(weight, step, zero, bits)
     assert int(codes.max()) <= 2**bits - 1
+    stored = step.clamp(min=SMALLEST_RANGE)  # as files hold it
     torch.testing.assert_close(
-        decode(codes, points, step), fake_quantize(weight, step, zero, bits), rtol=0, atol=1e-5 * size
+        decode(codes, points, stored), fake_quantize(weight, step, zero, bits), rtol=0, atol=1e-5 * size
     )
 
 
