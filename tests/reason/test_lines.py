@@ -99,6 +99,18 @@ def test_the_first_outvoted_line_gives_way_and_the_rest_follows_from_it() -> Non
     assert all(not request.extra for request in asked if request not in begun)
 
 
+@pytest.mark.parametrize("rest", ["1+1=2", ""], ids=["begins anew", "says nothing"])
+def test_a_model_that_does_not_go_on_is_flagged_and_changes_nothing(rest: str) -> None:
+    def reply(request: Request, index: int) -> str:
+        if request.messages[-1]["role"] == "assistant":
+            return rest
+        return "1+1=2" if request.stop else "1+1=2\n2+1=9\n####9"
+
+    solution = asyncio.run(ask(ScriptedBackend(reply), "ssr:steps=lines", "?"))
+    assert (solution.answer, len(solution.rounds)) == ("9", 1)
+    assert any("lines not checked" in flag for flag in solution.flags)
+
+
 @pytest.mark.parametrize("method", ["ssr-ada:steps=lines", "ssr-plan:steps=lines", "ssr:preset=paper,steps=lines"])
 def test_lines_go_with_linear_ssr_only(method: str) -> None:
     with pytest.raises(ConfigError, match="steps=lines"):

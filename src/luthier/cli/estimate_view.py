@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from luthier.data.sources import TextSource
     from luthier.entropy.code_length import CodeLength
 
-HELD_OUT = "[held out]"  # ends the names of what a run kept away from its training
 Sizes = Mapping[str, tuple[float, float | None] | str]
 """Bits per byte of each compressor, cold and (if there is a given text) conditional; or why it cannot run."""
 
@@ -107,6 +106,7 @@ def statement(found: Found, source: TextSource, *, mode: str, model: str, lossle
 
 def _history(model: str, source: TextSource) -> str:
     """What the model's provenance says of this very text, by its hash or its name."""
+    from luthier.data.sources import HELD_OUT
     from luthier.models.load import read_provenance
 
     for entry in read_provenance(Path(model)).get("data", []):

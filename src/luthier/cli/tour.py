@@ -51,8 +51,7 @@ def run(config: TourConfig, console: Console) -> None:
 
 def _show_sample(folder: Path, console: Console) -> None:
     """The beginning of what the first model wrote last."""
-    for sample in RunFolder.read(folder).samples()[-1:]:
-        text = sample["samples"][0]
+    for text in [text for sample in RunFolder.read(folder).samples() for text in sample["samples"][:1]][-1:]:
         console.print(f"\nWhat the first model writes after {text['prompt']!r}:")
         console.print(paragraph(text["text"][:SAMPLE], "  ", "  "))
 

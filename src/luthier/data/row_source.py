@@ -16,7 +16,7 @@ from typing import Any
 from luthier.core.errors import DataError
 from luthier.data.files import missing_path
 from luthier.data.formats import READERS, check_row, detect_kind, read_rows
-from luthier.data.sources import HUB_ID, load_hub
+from luthier.data.sources import HELD_OUT, HUB_ID, TRAIN, load_hub
 
 Row = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def split_rows(source: RowSource, held_out: float, seed: int) -> tuple[RowSource
         digest = hashlib.sha256(f"{seed}\n{_question(row)}".encode()).digest()
         (rest if int.from_bytes(digest[:8], "big") / 2**64 < held_out else kept).append(row)
     name = source.name
-    return RowSource(f"{name} [train]", source.kind, kept), RowSource(f"{name} [held out]", source.kind, rest)
+    return RowSource(f"{name} {TRAIN}", source.kind, kept), RowSource(f"{name} {HELD_OUT}", source.kind, rest)
 
 
 def _question(row: Row) -> str:

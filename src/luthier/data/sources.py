@@ -21,6 +21,7 @@ from luthier.data.python_prose import python_prose
 from luthier.data.template import render
 
 NAMED: dict[str, Callable[[], Sequence[str]]] = {"python-prose": python_prose}  # corpora that need no file
+TRAIN, HELD_OUT = "[train]", "[held out]"  # end the names of the parts of a corpus
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^/\\]+)?")
 MIN_PIECE_BYTES = 256  # to which a short text is cut, so that some of it can be held out
 
@@ -181,8 +182,8 @@ def split(source: TextSource, held_out: float = 0.1, seed: int = 0) -> tuple[Tex
     for document in documents:
         (rest if ranks[document] < threshold or ranks[document] == lowest else train).append(document)
     return (
-        TextSource(f"{source.name} [train]", tuple(train), source.note, source.conversations),
-        TextSource(f"{source.name} [held out]", tuple(rest), source.note, source.conversations),
+        TextSource(f"{source.name} {TRAIN}", tuple(train), source.note, source.conversations),
+        TextSource(f"{source.name} {HELD_OUT}", tuple(rest), source.note, source.conversations),
     )
 
 

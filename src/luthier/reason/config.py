@@ -41,7 +41,7 @@ class ReasonConfig:
     steps: Literal["asked", "lines"] = "asked"
     """Of ssr and ssr-lin. asked: the model turns its solution into small questions. lines: each line is a step,
     answered again by going on from the lines before it, and mended by going on from its majority; needs a model in this
-    process, or a server that goes on with a reply (vLLM, SGLang)."""
+    process, or a server that goes on with a reply (vLLM, SGLang, llama.cpp)."""
     rounds: int = 3
     """R: refinements (SSR, Self-Refine), rounds of debate, contractions (Atom of Thoughts)."""
     samples: int = 5

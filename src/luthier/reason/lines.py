@@ -4,7 +4,8 @@ A line is re-answered by going on from the lines before it, and the first line t
 majority, from which the solution goes on. What the solution itself says is one of the M answers, and so is what other
 first chains say after the same lines. Nothing is asked that the model does not do when it solves: no decomposition
 that can be misread, no hint that can be ignored. It needs a model that goes on with a reply that was begun for it: one
-in this process, or a server with `continue_final_message` (vLLM, SGLang).
+in this process, or a server with `continue_final_message` (vLLM, SGLang, llama.cpp). One that does not is noticed, and
+flagged.
 
 Meant for solutions of one inference a line. Two lines agree when they are the same, or give the same value (what stands
 after the last `=`) for the same left-hand side; lines without `=` are compared as answers are.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 
 from luthier.llm.types import Completion
@@ -70,15 +72,22 @@ async def _check_line(session: Session, begun: str, line: str, index: int) -> Ch
     step = Step(f"line {index + 1}", line)
     with session.trace.span("step", "step", index=index, question=step.question, answer=line) as span:
         messages, known = session.prompts.go_on(session.question, begun), session.memo.get(begun, [])
-        answers = await sample_answers(session, messages, _line_of, known, same=same_line, stop=("\n",))
+        read = partial(_line_after, begun)
+        answers = await sample_answers(session, messages, read, known, same=same_line, stop=("\n",))
         session.memo[begun] = answers
+        if len(answers) > len(known) and not any(answers[len(known) :]):
+            session.fallback("lines not checked", "the model does not go on with a reply that was begun")
         checked = await weigh(session, step, answers, same_line)
         span.data.update({k: v for k, v in checked.to_json(index).items() if k not in ("index", "question", "answer")})
     return checked
 
 
-def _line_of(reply: Completion) -> str | None:
-    return final_text(reply.text).strip() or None
+def _line_after(begun: str, reply: Completion) -> str | None:
+    """The line that a reply goes on with. None when there is none, or it begins the solution anew: then the server
+    ignored what was begun."""
+    line = final_text(reply.text).strip()
+    anew = bool(begun) and line == pieces_of(begun)[0].strip()
+    return None if anew else line or None
 
 
 async def same_line(session: Session, a: str, b: str) -> bool:
