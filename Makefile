@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test lint bench clean
 .DEFAULT_GOAL := run
 
-run: .venv/run.stamp        ## all five systems on this machine, in about ten minutes
+run: .venv/run.stamp        ## all five systems on this machine, in about a quarter of an hour
 	$(BIN)/luthier tour
 
 test: .venv/dev.stamp       ## all tests that this machine can run

@@ -27,7 +27,7 @@ class TourConfig:
     """Train, measure, quantize, reason and distill with small models on this machine, and see what came of it."""
 
     size: Literal["nano", "tiny", "small"] = "nano"
-    """Size of the first model. With nano the tour is made to take about 10 minutes on two cores."""
+    """Size of the first model. With nano the tour took 16 minutes on one busy core."""
     out: Path = Path("runs/tour")
     """Folder of the run; the same command again goes on where it stopped."""
     set: tuple[str, ...] = ()
