@@ -23,7 +23,7 @@ from luthier.core.config import preset, type_name
 SOURCE = Path(luthier.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONS = Path(__file__).with_name("options.txt")
-MOST_FIELDS = 37
+MOST_FIELDS = 38
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -38,16 +38,26 @@ SETTINGS = {
 EXPECTED = ["length", "n-grams"]
 
 
+def write_model(folder: Path, *, width: int = 16, vocabulary: int = 258) -> Path:
+    """A model with random weights."""
+    config = InstellaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = InstellaForCausalLM(config)
+    initialize(model, 0)
+    save_pretrained(model, train_bpe(["abcd" * 9], vocabulary), folder, {"verb": "test"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, Path]:
     """A student with random weights, and 40 prompts with the teacher's replies, most of them held out."""
     folder = tmp_path_factory.mktemp("given")
-    tokenizer = train_bpe(["abc"], 258)
-    model = InstellaForCausalLM(
-        InstellaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    )
-    initialize(model, 0)
-    save_pretrained(model, tokenizer, folder / "student", {"verb": "test"})
+    write_model(folder / "student")
     collected = ["collect", "brackets:40", "--model", "brackets:max_tokens=8", "--seed", "1", "--validation", "0.75"]
     assert main([*collected, "-o", str(folder / "teacher")]) == 0
     return {"model": folder / "student", "teacher": folder / "teacher"}
@@ -163,6 +173,25 @@ def test_data_in_place_of_a_folder_is_split_by_prompt(given, tmp_path):
     made = json.loads((out / "model" / "luthier.json").read_text())
     assert made["chat"] is False
     assert len(made["data"]) == 2
+
+
+def test_a_larger_discriminator_reads_the_students_tokens(given, straight, tmp_path, capsys):
+    large, out = write_model(tmp_path / "large", width=32), tmp_path / "run"
+    asked = arguments(given, out, "--force", discriminator=large, eval_every=1, fresh_steps=1)
+    assert main([*asked, "--dry-run"]) == 0
+    parameters = sum(tensor.numel() for tensor in load_file(large / "model.safetensors").values()) - 258 * 32
+    assert f"whole on each rank ({parameters:,} parameters)" in capsys.readouterr().out
+    assert main(asked) == 0
+    for stage in ("warmup", "gad"):
+        assert load_file(out / stage / "discriminator" / "discriminator_head.safetensors")["weight"].shape == (1, 32)
+    warmed = json.loads((out / "warmup" / "discriminator" / "luthier.json").read_text())
+    assert [parent["model"] for parent in warmed["parents"]] == [str(large)]
+    other = write_model(tmp_path / "other", vocabulary=259)
+    capsys.readouterr()
+    assert main(arguments(given, tmp_path / "a", discriminator=other)) == 2
+    assert "has other tokens than the student" in capsys.readouterr().err
+    assert main(arguments({**given, "model": straight}, tmp_path / "b", discriminator=large)) == 2
+    assert "has a warmed-up one" in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_updates_tokens_and_memory(given, tmp_path, capsys):

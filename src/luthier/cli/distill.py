@@ -12,7 +12,7 @@ from luthier.cli.distill_view import gate_table, headline, held_out_table, memor
 from luthier.cli.tuning import open_run
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
-from luthier.core.errors import DataError, Interrupted, MissingExtra
+from luthier.core.errors import ConfigError, DataError, Interrupted, MissingExtra
 from luthier.core.files import atomic_write, read_json, sha256_file, write_json
 from luthier.data.row_source import RowSource, open_rows, split_rows
 from luthier.distill.distill_config import DistillConfig
@@ -60,6 +60,7 @@ def run(config: DistillConfig, console: Console) -> None:
         raise MissingExtra("vllm: it is not installed", hint="pip install vllm, or leave vllm off")
     with ranks(config.device) as who, open_run(config, who) as folder:
         parts, tokenizer = _parts(config), load_tokenizer(_student(config))
+        _check_discriminator(config, tokenizer)
         lessons = _lessons(config, tokenizer, parts)
         left_out = f", {lessons.left_out:,} left out (prompts too long)" if lessons.left_out else ""
         console.status(
@@ -82,6 +83,24 @@ def _is_warmed(model: str) -> bool:
 def _student(config: DistillConfig) -> str:
     """The model folder whose tokenizer, and shape, the student has."""
     return str(Path(config.model).expanduser() / "warmup" / "model") if _is_warmed(config.model) else config.model
+
+
+def _check_discriminator(config: DistillConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """ConfigError where a discriminator of its own cannot read the student's tokens, or has been warmed up already."""
+    from luthier.data.tokenizer import load_tokenizer
+
+    if config.discriminator is None:
+        return
+    if _is_warmed(config.model):
+        raise ConfigError(
+            f"discriminator: got {config.discriminator}, but {config.model} has a warmed-up one",
+            hint="leave it out, or give a student that has not been warmed up",
+        )
+    if load_tokenizer(config.discriminator).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"discriminator: {config.discriminator} has other tokens than the student {config.model}",
+            hint="it reads the student's tokens: expected a model with the same tokenizer",
+        )
 
 
 def _parts(config: DistillConfig) -> tuple[RowSource, RowSource]:
@@ -150,12 +169,13 @@ class _Job:
         with open_run(dataclasses.replace(config, out=folder), self.who) as run:
             self.console.status("== warm-up")
             model = load_pretrained(config.model, dtype=torch.float32)
-            critic = Discriminator.of(model, seed=config.seed)
+            own = config.discriminator
+            critic = Discriminator.of(load_pretrained(own, dtype=torch.float32) if own else model, seed=config.seed)
             trainer = warmup_trainer(config, model, critic, self.tokenizer, self.lessons, self.who)
             tuned = self._count(*learn(trainer, self.left, run, self.who, self.console))
             if run is not None:
                 self._save(run, folder / "model", model, tuned, [config.model])
-                self._save_discriminator(run, critic, [config.model])
+                self._save_discriminator(run, critic, [own or config.model])
                 self._close(run, {"updates": f"{tuned.step:,}"})
         self.who.barrier()
         if self.config.stop_after and not self.left:
@@ -182,7 +202,7 @@ class _Job:
             before = self._once(folder / "before.json", run, lambda: self._examine(trainer))
             self._check(before)
             self.console.status("== adversarial stage")
-            auditor = self._auditor(trainer, parents[0])
+            auditor = self._auditor(trainer, config.discriminator or parents[0])
             tuned = self._count(*play(config, trainer, auditor, self.left, run, self.who, self.console))
             after = self._once(folder / "after.json", run, lambda: self._examine(trainer))
             if run is not None:
@@ -199,7 +219,7 @@ class _Job:
         with quiet_libraries():
             return examine(trainer, self.lessons.train, self.lessons.held_out, self.config.seed)
 
-    def _auditor(self, trainer: Any, warmed: str) -> Any:
+    def _auditor(self, trainer: Any, start: str) -> Any:
         """What measures for the alarms: by the teacher's own probabilities where it is known exactly."""
         import torch
 
@@ -215,7 +235,7 @@ class _Job:
             self.lessons,
             exact_quality(open_brackets(teacher), self.tokenizer) if known else overlap_quality,
             seed=config.seed,
-            fresh=lambda: Discriminator.of(load_pretrained(warmed, dtype=torch.float32), seed=config.seed),
+            fresh=lambda: Discriminator.of(load_pretrained(start, dtype=torch.float32), seed=config.seed),
             steps=config.fresh_steps,
         )
 

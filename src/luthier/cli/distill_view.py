@@ -67,12 +67,14 @@ def memory_rows(config: DistillConfig) -> Rows:
     from luthier.cli.run import recipe_folder
 
     warmed = Path(config.model) / "warmup" / "model"
-    name = str(warmed) if warmed.is_dir() else config.model
-    if not (Path(name).expanduser().exists() or (recipe_folder() / "architectures" / name).is_dir()):
-        return [("student, reference and discriminator", "known once the student is on this machine")]
-    model = empty_model(name)
+    names = [str(warmed) if warmed.is_dir() else config.model]
+    names += [config.discriminator or names[0]]
+    known = (Path(name).expanduser().exists() or (recipe_folder() / "architectures" / name).is_dir() for name in names)
+    if not all(known):
+        return [("student, reference and discriminator", "known once the models are on this machine")]
+    model, critic = map(empty_model, names)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    base: torch.nn.Module = model.base_model
+    base: torch.nn.Module = critic.base_model
     body = sum(parameter.numel() for parameter in base.parameters())
     student = whole * FROZEN if config.lora_rank else whole * TRAINED
     reference = whole * FROZEN if config.kl and not config.lora_rank else 0

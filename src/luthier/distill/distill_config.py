@@ -26,6 +26,9 @@ class DistillConfig:
     """Run folder; running the same command again resumes it."""
     model: str
     """The student: a model folder or hub id; or the folder of another distill run, to begin after its warm-up."""
+    discriminator: str | None = None
+    """What the discriminator starts from: a model folder or hub id with the student's tokenizer; default: the student.
+    A larger one knows more."""
     teacher: Path | None = None
     """Folder of `luthier collect`: its train.jsonl is learned, its validation.jsonl is held out, test.jsonl is not
     read."""
