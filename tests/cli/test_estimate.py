@@ -200,9 +200,9 @@ def test_the_run_folder_holds_the_result(luthier: Command, text: Path, eem: Path
     ("arguments", "words"),
     [
         ((), "held-out needs a model"),
-        (("--mode", "prequential", "--passes", "0"), "passes at least 1"),
+        (("--mode", "prequential", "--passes", "0"), "passes: got 0, expected 1 or more"),
         (("--mode", "prequential", "--learning-rate", "0"), "learning_rate: got 0"),
-        (("--mode", "cross-fit", "--folds", "1"), "folds at least 2"),
+        (("--mode", "cross-fit", "--folds", "1"), "folds: got 1, expected 2 or more"),
     ],
 )
 def test_impossible_settings_are_refused(luthier: Command, text: Path, arguments: tuple[str, ...], words: str) -> None:

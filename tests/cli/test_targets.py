@@ -112,7 +112,7 @@ def test_a_teacher_scores_shards_made_earlier_and_is_called_transfer(
 def test_what_cannot_be_done_is_said(luthier: Command, trained: Path, text_file: Path, tmp_path: Path) -> None:
     shards, out = trained / "data" / "train-0", ("--out", tmp_path / "run")
     assert "are token shards" in luthier("targets", "--data", shards, *out).error
-    assert luthier("targets", "--folds", 0, *out).error == "folds: got 0, expected at least 1"
+    assert luthier("targets", "--folds", 0, *out).error == "folds: got 0, expected 1 or more"
     counts = ("--data", text_file, "--model", "counts", "--vocab-size", 300)
     assert luthier("targets", *counts, "--folds", 1, *out).error == "folds: got 1, expected at least 2"
     assert "cannot be dealt into 500 folds" in luthier("targets", *counts, "--folds", 500, *out).error

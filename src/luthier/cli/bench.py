@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from luthier.core.checks import at_least
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
 
@@ -40,9 +41,7 @@ class BenchConfig:
             raise ConfigError("models: got none, expected one or more", hint="luthier bench decode MODEL OTHER")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("models: the same one is given twice", hint="give each model once")
-        for name in ("prompt_tokens", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 1 or more", hint=f"raise {name}")
+        at_least(self, 1, "prompt_tokens", "new_tokens", "repeats")
 
 
 def run(config: BenchConfig, console: Console) -> None:

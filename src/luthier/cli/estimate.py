@@ -13,6 +13,7 @@ import tyro
 from luthier.cli import estimate_view as view
 from luthier.cli.estimate_view import Found, Sizes
 from luthier.cli.texts import first_documents, open_text, opening
+from luthier.core.checks import above, at_least
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, MissingExtra
@@ -70,13 +71,10 @@ class EstimateConfig:
     """Run folder for the result."""
 
     def __post_init__(self) -> None:
-        if min(self.context, self.max_bytes, self.seed) < 0 or min(self.batch_size, self.passes) < 1 or self.folds < 2:
-            raise ConfigError(
-                "context, max_bytes and seed must not be negative, batch_size and passes at least 1, folds at least 2",
-                hint="leave them at their defaults",
-            )
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate: got {self.learning_rate}, expected more than 0", hint="for example 2e-3")
+        at_least(self, 0, "context", "max_bytes", "seed")
+        at_least(self, 1, "batch_size", "passes")
+        at_least(self, 2, "folds")
+        above(self, 0, "learning_rate")
         if self.mode == "held-out" and not self.model:
             raise ConfigError(
                 "held-out needs a model that was trained before",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from luthier.cli.corpora import is_tokenized
 from luthier.cli.texts import opening
+from luthier.core.checks import at_least
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, DataError, Interrupted
@@ -86,9 +87,7 @@ class TargetsConfig:
             raise ConfigError(
                 f"tokenizer: got nothing, but {self.data} are token shards", hint="give the one that made them"
             )
-        for name in ("folds", "order", "steps", "eval_every", "batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1", hint=f"raise --{name}")
+        at_least(self, 1, "folds", "order", "steps", "eval_every", "batch_size", "sequence_length")
 
 
 @dataclass

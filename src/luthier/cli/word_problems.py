@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from luthier.core.checks import at_least, between
 from luthier.core.config import to_mapping
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, DataError, require
@@ -78,12 +79,8 @@ class WordProblemsConfig:
 
     def __post_init__(self) -> None:
         self.problems()
-        for name in ("stage1", "stage2", "chat", "preferences", "prompts", "test", "held_out"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 1 or more", hint="a small one is quick")
-        for name in ("stage1_maths", "stage2_maths", "bare"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 to 1", hint="it is a share")
+        at_least(self, 1, "stage1", "stage2", "chat", "preferences", "prompts", "test", "held_out")
+        between(self, 0, 1, "stage1_maths", "stage2_maths", "bare")
         for name in ("held_questions", "held_pairs"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"{name}: got 0, so there is nothing to test on", hint="0.1 is usual")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from luthier.core.errors import ConfigError
+from luthier.core.checks import above, at_least, expect, inside
 from luthier.learn.tuning_config import TuningConfig
 
 Action = Literal["stop", "roll_back", "lower_rate", "add_steps"]
@@ -120,37 +120,29 @@ class DistillConfig:
     """Settings that may differ when a run is resumed."""
 
     def __post_init__(self) -> None:
-        self._expect("teacher", (self.teacher is None) == bool(self.data), "either teacher or data, and not both")
+        expect(self, "teacher", (self.teacher is None) == bool(self.data), "either teacher or data, and not both")
         rates = ("learning_rate", "warmup_learning_rate", "discriminator_learning_rate")
-        for name in ("batch_size", "micro_batch_size", *rates, "grad_clip", "log_every", "checkpoint_every"):
-            self._expect(name, getattr(self, name) > 0, "more than 0")
+        above(self, 0, "batch_size", "micro_batch_size", *rates, "grad_clip", "log_every", "checkpoint_every")
         counts = ("discriminator_alone", "fresh_steps", "lora_rank", "eval_every", "stop_after", "seed")
-        for name in (*counts, "kl", "margin"):
-            self._expect(name, getattr(self, name) >= 0, "0 or more")
-        self._expect("batch_size", self.batch_size % 2 == 0, "an even number")
-        self._expect("held_out", 0 < self.held_out < 1, "more than 0 and less than 1")
-        self._expect("epochs", min(self.epochs) > 0, "more than 0")
-        self._expect("steps", min(self.steps) >= 0, "0 or more")
-        self._expect("max_lengths", min(self.max_lengths) > 0, "more than 0")
-        self._expect("generations", self.generations > 1, "at least 2")
-        self._expect("temperature", self.temperature > 0, "more than 0")
-        self._expect("discriminator_steps", self.discriminator_steps > 0, "at least 1; reward frozen is for none")
-        self._expect("fresh_steps", not self.fresh_steps or self.eval_every > 0, "0 without evaluations (eval_every)")
+        at_least(self, 0, *counts, "kl", "margin")
+        expect(self, "batch_size", self.batch_size % 2 == 0, "an even number")
+        inside(self, 0, 1, "held_out")
+        expect(self, "epochs", min(self.epochs) > 0, "more than 0")
+        expect(self, "steps", min(self.steps) >= 0, "0 or more")
+        expect(self, "max_lengths", min(self.max_lengths) > 0, "more than 0")
+        expect(self, "generations", self.generations > 1, "at least 2")
+        above(self, 0, "temperature")
+        expect(self, "discriminator_steps", self.discriminator_steps > 0, "at least 1; reward frozen is for none")
+        expect(self, "fresh_steps", not self.fresh_steps or self.eval_every > 0, "0 without evaluations (eval_every)")
         self._check_band()
 
     def _check_band(self) -> None:
         if not self.band:
             return
         rising = len(self.band) == 2 and 0.5 <= self.band[0] < self.band[1] <= 1
-        self._expect("band", rising, "two rising accuracies from 0.5 to 1")
-        self._expect("band", self.eval_every > 0, "eval_every above 0 with it: accuracy is measured then")
-        self._expect("band", self.reward != "frozen", "none where the discriminator is frozen")
-
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(
-                f"{name}: got {getattr(self, name)}, expected {expected}", hint=f"change {name}, or leave it out"
-            )
+        expect(self, "band", rising, "two rising accuracies from 0.5 to 1")
+        expect(self, "band", self.eval_every > 0, "eval_every above 0 with it: accuracy is measured then")
+        expect(self, "band", self.reward != "frozen", "none where the discriminator is frozen")
 
     @property
     def has_gate(self) -> bool:

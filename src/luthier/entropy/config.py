@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from luthier.core.checks import above, at_least, between, inside
 from luthier.core.errors import ConfigError
 
 Half = Literal["transformer", "mixer"]
@@ -56,10 +57,8 @@ class EemConfig:
     """Where segments that are shorter than a batch are filled up; the other side is refused."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "window", "encoder_width", "decoder_width", "encoder_layers", "decoder_layers"):
-            _check_at_least(self, name, 1)
-        _check_at_least(self, "kernel", 1)
-        _check_at_least(self, "dims", 1)
+        at_least(self, 1, "vocab_size", "window", "encoder_width", "decoder_width", "encoder_layers", "decoder_layers")
+        at_least(self, 1, "kernel", "dims")
         _check_levels(self)
         _check_heads(self)
         if self.intro == "embedding" and self.dims >= self.decoder_width:
@@ -104,11 +103,6 @@ def _check_heads(config: EemConfig) -> None:
                 f"heads: {config.heads} heads do not fit a width of {width} ({name})",
                 hint="heads must divide both widths, and those of a transformer must be of even size",
             )
-
-
-def _check_at_least(config: object, name: str, least: float) -> None:
-    if not getattr(config, name) >= least:  # so that NaN is caught too
-        raise ConfigError(f"{name}: got {getattr(config, name)}, expected at least {least}", hint=f"raise {name}")
 
 
 def _shape(encoder: tuple[int, int], decoder: tuple[int, int], heads: int, dims: int) -> dict[str, Any]:
@@ -226,17 +220,12 @@ class TrainEemConfig:
     """Save and stop after this many steps of this process; 0: never. For time-limited jobs."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            _check_at_least(self, name, 1)
-        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "stop_after"):
-            _check_at_least(self, name, 0)
-        _check_at_least(self, "eval_segments", 1)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate: got {self.learning_rate}, expected more than 0", hint="for example 2e-3")
-        if not 0 <= self.null_share <= 1:
-            raise ConfigError(f"null_share: got {self.null_share}, expected 0 to 1", hint="0.3 to 0.5 is usual")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out: got {self.held_out}, which leaves one part empty", hint="for example 0.1")
+        at_least(self, 1, "batch_size", "micro_batch_size", "steps", "log_every", "checkpoint_every")
+        at_least(self, 1, "keep_checkpoints", "eval_segments")
+        at_least(self, 0, "seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "stop_after")
+        above(self, 0, "learning_rate")
+        between(self, 0, 1, "null_share")
+        inside(self, 0, 1, "held_out")
         if not self.data:
             raise ConfigError("data: got no corpus, expected at least one", hint="for example data: [python-prose]")
         if self.warmup_steps > self.steps:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from luthier.core.checks import above, at_least, between, expect
 from luthier.core.errors import ConfigError
 
 
@@ -76,20 +77,12 @@ class TuningConfig:
     """Settings that may differ when a run is resumed: they do not touch the result, but for rounding."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "learning_rate", "log_every", "checkpoint_every"):
-            self.expect(name, getattr(self, name) > 0, "more than 0")
-        for name in ("steps", "warmup", "weight_decay", "grad_clip", "lora_rank", "eval_every", "stop_after", "seed"):
-            self.expect(name, getattr(self, name) >= 0, "0 or more")
-        self.expect("keep_checkpoints", self.keep_checkpoints > 0, "more than 0")
-        self.expect("final_fraction", 0 <= self.final_fraction <= 1, "0 to 1")
-        self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "0 to less than 1")
-
-    def expect(self, name: str, holds: bool, expected: str) -> None:
-        """ConfigError that names the field, its value and what is expected, unless it holds."""
-        if not holds:
-            raise ConfigError(
-                f"{name}: got {getattr(self, name)}, expected {expected}", hint=f"change {name}, or leave it out"
-            )
+        above(self, 0, "batch_size", "micro_batch_size", "epochs", "learning_rate", "log_every", "checkpoint_every")
+        at_least(self, 0, "steps", "warmup", "weight_decay", "grad_clip", "lora_rank", "eval_every", "stop_after")
+        at_least(self, 0, "seed")
+        above(self, 0, "keep_checkpoints")
+        between(self, 0, 1, "final_fraction")
+        expect(self, "betas", all(0 <= beta < 1 for beta in self.betas), "0 to less than 1")
 
     def warmup_steps(self, steps: int) -> int:
         """Updates of the warm-up in a run of `steps`. Raises: ConfigError when it is longer than the run."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from luthier.core.checks import at_least, between, expect
 from luthier.core.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128)
@@ -133,14 +134,10 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         _check_among("bits", self.bits, BITS)
         _check_among("group_size", self.group_size, GROUP_SIZES)
-        if not 0 <= self.rounds <= MAX_ROUNDS:
-            raise ConfigError(f"rounds: got {self.rounds}, expected 0 to {MAX_ROUNDS}", hint="the paper uses 8")
-        for name in ("samples", "validation_samples", "sequence_length", "batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 1 or more", hint=f"raise {name}")
-        for name in ("learning_rate_transform", "learning_rate_weight", "learning_rate_grid", "weight_decay", "warmup"):
-            if not getattr(self, name) >= 0:  # so that NaN is caught too
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 or more", hint=f"raise {name}")
+        between(self, 0, MAX_ROUNDS, "rounds")
+        at_least(self, 1, "samples", "validation_samples", "sequence_length", "batch_size", "micro_batch_size")
+        at_least(self, 0, "learning_rate_transform", "learning_rate_weight", "learning_rate_grid")
+        at_least(self, 0, "weight_decay", "warmup")
         if self.start == "gptq" and self.weight_basis == "original" and self.epochs[1]:
             raise ConfigError(
                 "start: GPTQ's codes live in the rotated basis, but weight_basis is original",
@@ -148,8 +145,7 @@ class QuantizeConfig:
             )
         if self.scale_parameter == "none" and self.scale_start == "search":
             raise ConfigError("scale_start: there are no scales to search", hint="add --scale-start ones")
-        if min(self.epochs) < 0:
-            raise ConfigError(f"epochs: got {self.epochs}, expected 0 or more", hint="for example 4 4")
+        expect(self, "epochs", min(self.epochs) >= 0, "0 or more", "for example 4 4")
 
 
 def _check_among(name: str, value: int, allowed: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from luthier.core.checks import at_least
 from luthier.core.errors import ConfigError
 
 Method = Literal[
@@ -112,8 +113,7 @@ class ReasonConfig:
         least |= {"decompose_attempts": 1, "max_steps": 1, "judge_max_tokens": 1, "temperature": 0}
         least |= {"decompose_temperature": 0}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {low}", hint=f"change {name}")
+            at_least(self, low, name)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, expected a probability in (0, 1]", hint="1 leaves nothing out")
         for name in ("max_tokens", "max_calls", "max_tokens_total", "max_cost", "max_seconds"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from luthier.core.checks import above, at_least, between
 from luthier.core.errors import ConfigError
 
 Size = Literal["nano", "tiny", "small", "3b"]
@@ -126,11 +127,11 @@ class PretrainConfig:
         if not self.start:  # what is stored says what was used
             object.__setattr__(self, "size", USUAL if self.size == "auto" else self.size)
             object.__setattr__(self, "vocab_size", self.vocab_size or VOCABULARIES[self.size])  # type: ignore[index]
-        _check_positive(self, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every")
-        _check_positive(self, "checkpoint_every", "keep_checkpoints", "learning_rate")
-        _check_not_negative(self, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
-        _check_not_negative(self, "seed", "context_length", "vocab_size")
-        _check_fraction(self, "held_out", "final_fraction")
+        above(self, 0, "sequence_length", "batch_size", "micro_batch_size", "steps", "log_every")
+        above(self, 0, "checkpoint_every", "keep_checkpoints", "learning_rate")
+        at_least(self, 0, "grad_clip", "weight_decay", "warmup_steps", "shard_size", "eval_every", "stop_after")
+        at_least(self, 0, "seed", "context_length", "vocab_size")
+        between(self, 0, 1, "held_out", "final_fraction")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: got {self.betas}, expected 0 to less than 1", hint="for example 0.9 0.95")
         if self.held_out in (0, 1):
@@ -181,21 +182,3 @@ class PretrainConfig:
         "shard_size",
     )
     """Settings that may differ when a run is resumed: they do not touch the result, but for rounding."""
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:  # so that NaN is caught too
-            raise ConfigError(f"{name}: got {getattr(config, name)}, expected more than 0", hint=f"raise {name}")
-
-
-def _check_not_negative(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name}: got {getattr(config, name)}, expected 0 or more", hint=f"raise {name}")
-
-
-def _check_fraction(config: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"{name}: got {getattr(config, name)}, expected 0 to 1", hint="for example 0.1")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from luthier.core.checks import above, at_least
 from luthier.core.errors import ConfigError
 
 
@@ -80,13 +81,9 @@ class ProgramsConfig:
 
     def __post_init__(self) -> None:
         names = ("abstractions", "programs", "rounds", "variants", "passes", "cap", "max_tokens", "memory", "at_once")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1", hint=f"raise {name}")
-        if not self.deadline > 0 or not self.temperature >= 0:
-            raise ConfigError("deadline must be more than 0 and temperature at least 0", hint="change them")
-        if self.limit < 0 or self.overlap < 1:
-            raise ConfigError("limit must be at least 0 and overlap at least 1", hint="change them")
+        at_least(self, 1, *names, "overlap")
+        at_least(self, 0, "temperature", "limit")
+        above(self, 0, "deadline")
         if self.values == "model" and self.variants > 5:
             raise ConfigError(f"variants: got {self.variants}, a model is asked for 5", hint="add --values draw")
 

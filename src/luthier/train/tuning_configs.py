@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from luthier.core.checks import expect
 from luthier.learn.tuning_config import TuningConfig
 
 
@@ -28,9 +29,9 @@ class SftConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect("max_length", self.max_length > 1, "more than 1")
-        self.expect("held_out", 0 <= self.held_out < 1, "0 to less than 1")
-        self.expect("data", bool(self.data), "at least one corpus")
+        expect(self, "max_length", self.max_length > 1, "more than 1")
+        expect(self, "held_out", 0 <= self.held_out < 1, "0 to less than 1")
+        expect(self, "data", bool(self.data), "at least one corpus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,10 @@ class DpoConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect("max_length", self.max_length > 1, "more than 1")
-        self.expect("held_out", 0 <= self.held_out < 1, "0 to less than 1")
-        self.expect("beta", self.beta >= 0, "0 or more")
-        self.expect("data", bool(self.data), "at least one corpus")
+        expect(self, "max_length", self.max_length > 1, "more than 1")
+        expect(self, "held_out", 0 <= self.held_out < 1, "0 to less than 1")
+        expect(self, "beta", self.beta >= 0, "0 or more")
+        expect(self, "data", bool(self.data), "at least one corpus")
 
     @property
     def strength(self) -> float:
@@ -126,17 +127,17 @@ class MathRLConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect("data", bool(self.data), "at least one corpus")
-        self.expect("held_out", self.held_out >= 0, "0 or more")
-        self.expect("generations", self.generations > 1, "at least 2")
-        self.expect("max_lengths", min(self.max_lengths) > 0, "more than 0")
-        self.expect("temperature", self.temperature > 0, "more than 0")
-        self.expect("kl", self.kl >= 0, "0 or more")
+        expect(self, "data", bool(self.data), "at least one corpus")
+        expect(self, "held_out", self.held_out >= 0, "0 or more")
+        expect(self, "generations", self.generations > 1, "at least 2")
+        expect(self, "max_lengths", min(self.max_lengths) > 0, "more than 0")
+        expect(self, "temperature", self.temperature > 0, "more than 0")
+        expect(self, "kl", self.kl >= 0, "0 or more")
         low, high, dual = self.clip
-        self.expect("clip", 0 <= low < 1 and high >= 0 and dual > 1 + high, "0 to 1, 0 or more, more than 1 + both")
+        expect(self, "clip", 0 <= low < 1 and high >= 0 and dual > 1 + high, "0 to 1, 0 or more, more than 1 + both")
         low, high = self.keep_between
-        self.expect("keep_between", 0 <= low <= high <= 1, "two rising shares from 0 to 1")
+        expect(self, "keep_between", 0 <= low <= high <= 1, "two rising shares from 0 to 1")
         whole = self.rollout_prompts > 0 and self.rollout_prompts % self.batch_size == 0
-        self.expect("rollout_prompts", whole, f"a multiple of batch_size ({self.batch_size})")
-        self.expect("eval_every", not self.eval_every or self.held_out > 0, "0 where nothing is held out")
-        self.expect("eval_every", not (self.eval_every and self.shard), "0 with shard")
+        expect(self, "rollout_prompts", whole, f"a multiple of batch_size ({self.batch_size})")
+        expect(self, "eval_every", not self.eval_every or self.held_out > 0, "0 where nothing is held out")
+        expect(self, "eval_every", not (self.eval_every and self.shard), "0 with shard")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from luthier.core.checks import above, between, inside
 from luthier.core.errors import ConfigError
 from luthier.entropy.codec.integer_features import NAMES
 from luthier.entropy.codec.integer_weights import MAX_CODE
@@ -44,9 +45,7 @@ class ByteModelConfig:
                 hint="for example 12 13 13 13 13",
             )
         for name, least in {"code_dims": 0, "code_levels": 2}.items():
-            if not least <= getattr(self, name) <= MAX_CODE[name]:
-                expected = f"expected {least} to {MAX_CODE[name]}"
-                raise ConfigError(f"{name}: got {getattr(self, name)}, {expected}", hint="for example 4")
+            between(self, least, MAX_CODE[name], name)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -140,15 +139,9 @@ class TrainCodecConfig:
     """Settings that say nothing when `code_dims` is 0; runs without codes do not store them, as older ones did not."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size", "micro_batch_size", "steps", "learning_rate", "eval_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected more than 0", hint=f"raise {name}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out: got {self.held_out}, expected more than 0 and less than 1", hint="0.02")
-        if not 0 <= self.broken_lines <= 1:
-            raise ConfigError(f"broken_lines: got {self.broken_lines}, expected 0 to 1", hint="0.5")
-        if not 0 < self.code_share < 1:
-            raise ConfigError(f"code_share: got {self.code_share}, expected more than 0 and less than 1", hint="0.5")
+        above(self, 0, "sequence_length", "batch_size", "micro_batch_size", "steps", "learning_rate", "eval_tokens")
+        inside(self, 0, 1, "held_out", "code_share")
+        between(self, 0, 1, "broken_lines")
         if self.warmup_steps > self.steps:
             raise ConfigError(f"warmup_steps: got {self.warmup_steps}, more than all steps", hint="lower warmup_steps")
         self.model()
