@@ -1,10 +1,11 @@
 """Does adversarial distillation beat fine-tuning on the same replies? A small student of a known teacher.
 
-The teacher writes brackets (`luthier.distill.bracket_teacher`), the student is a small Instella. All start from one
-student, fine-tuned on the teacher's replies (SeqKD), and a discriminator that began as its copy and learned from its
-samples. The setting is one in which it can know something (`--gate` tells of each seed what): brackets of eight types,
-and a teacher that opens readily, so that replies of both have the same lengths and mostly nest too deep for n-grams.
-All arms see the same replies:
+The teacher writes brackets (`luthier.distill.bracket_teacher`). The student is an Instella of one layer, too small for
+them: fine-tuned on the teacher's replies until more of it changes nothing (SeqKD), half of what it writes is wrong. The
+discriminator is larger; it too learned to write from the teacher's replies first, then to tell the student's samples
+from them. The setting is one in which it can know something (`--gate` tells of each seed what): brackets of eight
+types, and a teacher that opens readily, so that replies of both have the same lengths and mostly nest too deep for
+n-grams. All arms start from these two and see the same replies:
 
   SeqKD                      the start itself
   SeqKD, same samples        fine-tuned on, with as many replies as the arms with rewards sample
@@ -43,7 +44,9 @@ from datasets import Dataset
 from gad_world import (
     BATCH,
     CPU,
+    CRITIC,
     MATCHED,
+    STUDENT,
     WORLD,
     Row,
     World,
@@ -81,18 +84,19 @@ from luthier.distill.teacher import preferences
 from luthier.models.load import load_pretrained, save_pretrained
 from luthier.train.dpo import dpo_loss, margins
 
-TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
-WARM_STEPS, WARM_RATE = 160, 3e-3  # of SeqKD, with a rate that falls to 0
-WARM_D_STEPS, WARM_D_RATE = 160, 2e-3  # then of D alone, as well
-STEPS, EVERY, PROMPTS, SAMPLES = 150, 15, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
-RATE, D_RATE, D_STEPS, BETA = 2e-4, 2e-3, 2, 0.01
-SAME_TIME_STEPS = 1800  # of SeqKD, that take as long as an arm with a reward
+TEMPERATURES = (1.0, 0.7, 0.4, 0.2, 0.1)
+WARM_STEPS, WARM_RATE = 2400, 5e-3  # of SeqKD, with a rate that falls to 0
+WRITE_STEPS, WRITE_RATE = 1500, 3e-3  # the discriminator's network learns to write
+WARM_D_STEPS, WARM_D_RATE = 1200, 1e-3  # then to tell apart, at a rate that falls to 0 as well
+STEPS, EVERY, PROMPTS, SAMPLES = 200, 20, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
+RATE, D_RATE, D_STEPS, BETA = 3e-4, 3e-4, 2, 0.01
+SAME_TIME_STEPS = 5000  # of SeqKD, that take as long as an arm with a reward
 DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA = 120, 64, 3e-4, 0.1
 BEST_OF = 8
 SETTINGS = (
     WORLD,
     TEMPERATURES,
-    *(WARM_STEPS, WARM_RATE, WARM_D_STEPS, WARM_D_RATE),
+    *(WARM_STEPS, WARM_RATE, WRITE_STEPS, WRITE_RATE, WARM_D_STEPS, WARM_D_RATE),
     *(STEPS, EVERY, PROMPTS, SAMPLES, RATE, D_RATE, D_STEPS, BETA),
     *(SAME_TIME_STEPS, DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA, BEST_OF),
 )
@@ -131,12 +135,13 @@ def common(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def warm_up(world: World, folder: Path) -> None:
-    """Write student and discriminator of one seed to folders: SeqKD, then D alone on the student's samples."""
-    student = world.student()
-    for _ in descend(student, lessons(world, student), WARM_STEPS, WARM_RATE):
-        pass
+    """Write student and discriminator of one seed to folders: SeqKD of both, then D on the student's samples."""
+    student, critic = world.model(STUDENT), world.model(CRITIC)
+    for model, steps, rate in ((student, WARM_STEPS, WARM_RATE), (critic, WRITE_STEPS, WRITE_RATE)):
+        for _ in descend(model, lessons(world, model), steps, rate):
+            pass
     settings = AdversarySettings(learning_rate=WARM_D_RATE, micro_batch_size=256, max_grad_norm=1.0)
-    adversary = Adversary(Discriminator.of(student, seed=world.seed), Accelerator(cpu=True), settings)
+    adversary = Adversary(Discriminator.of(critic, seed=world.seed), Accelerator(cpu=True), settings)
     tell_apart(world, student.eval(), adversary, WARM_D_STEPS)
     save_discriminator(adversary.discriminator, world.tokenizer, folder / "discriminator", {"verb": "benchmark"})
     save_pretrained(student, world.tokenizer, folder / "student", {"verb": "benchmark"})  # last: it says that both are

@@ -27,10 +27,11 @@ from luthier.models.instella_config import sized_config
 
 CPU = torch.device("cpu")
 TYPES, MAX_TOKENS, OPENING = 8, 10, 0.8
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+STUDENT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CRITIC = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPLITS = {"train": (320, 16), "validation": (64, 6), "test": (128, 4)}  # prompts, the teacher's replies to each
 BATCH = 128  # replies of a step of SeqKD
-WORLD = (TYPES, MAX_TOKENS, OPENING, SHAPE, SPLITS, BATCH)
+WORLD = (TYPES, MAX_TOKENS, OPENING, STUDENT, CRITIC, SPLITS, BATCH)
 MATCHED = "matched"
 END, PADDING = "$", "_"
 Row = dict[str, Any]
@@ -100,12 +101,11 @@ class World:
         """Random numbers for one purpose."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *map(str, names)))
 
-    def student(self) -> InstellaForCausalLM:
-        """One with random weights."""
-        width = sized_config("nano", self.tokenizer, max_position_embeddings=64, **SHAPE)
-        student = InstellaForCausalLM(width)
-        initialize(student, derive_seed(self.seed, "student"))
-        return student
+    def model(self, shape: Mapping[str, int]) -> InstellaForCausalLM:
+        """A language model with random weights."""
+        model = InstellaForCausalLM(sized_config("nano", self.tokenizer, max_position_embeddings=64, **shape))
+        initialize(model, derive_seed(self.seed, "student"))
+        return model
 
 
 # Sampling and scoring. All prompts have one length, so nothing is padded on the left.
