@@ -1,7 +1,7 @@
 """Does adversarial distillation beat fine-tuning on the same replies? A small student of a known teacher.
 
 The teacher writes brackets (`luthier.distill.bracket_teacher`). The student is an Instella of one layer, too small for
-them: fine-tuned on the teacher's replies until more of it changes nothing (SeqKD), half of what it writes is wrong. The
+them: fine-tuned on the teacher's replies (SeqKD), it writes as much that is wrong as right, and learns slowly. The
 discriminator is larger; it too learned to write from the teacher's replies first, then to tell the student's samples
 from them. The setting is one in which it can know something (`--gate` tells of each seed what): brackets of eight
 types, and a teacher that opens readily, so that replies of both have the same lengths and mostly nest too deep for
@@ -10,6 +10,7 @@ n-grams. All arms start from these two and see the same replies:
   SeqKD                      the start itself
   SeqKD, same samples        fine-tuned on, with as many replies as the arms with rewards sample
   SeqKD, same time           fine-tuned on, for as many seconds
+  SeqKD, D's time too        fine-tuned on, for as many seconds as these arms and the discriminator's warm-up together
   best of 8 by D             the start's best sample in the eyes of the warmed-up discriminator
   DPO                        teacher's replies preferred to the start's own (SODA)
   GAD; GAD, length residual  GRPO against a discriminator that learns along; its score without what length explains
@@ -18,11 +19,12 @@ n-grams. All arms start from these two and see the same replies:
 Each is measured at several temperatures. The primary figure was fixed beforehand: validity at the teacher's lengths
 (`metrics.matched_mean`). Checkpoint and temperature are chosen by it on validation prompts; test prompts are others.
 
-    python benchmarks/gad_arms.py [--seeds 0 1 2 3 4] [--out runs/gad_arms] [--gate] [--figure gad_arms.svg]
+    python benchmarks/gad_arms.py [--seeds 1 2 3 4 5] [--out runs/gad_arms] [--gate] [--figure gad_arms.svg]
 
-Each seed is another teacher, other replies and other initial weights. Finished arms are kept in --out: the same command
-goes on where it stopped, and appends one row to results/ when all are done; --record appends one with the seeds so far;
---gate stops after the starts. Other settings below have another folder in --out.
+Each seed is another teacher, other replies and other initial weights; the setting was found on seed 0. Finished arms
+are kept in --out: the same command goes on where it stopped, and appends one row to results/ when all are done;
+--record appends one with the seeds so far; --gate stops after the starts. Other settings below have another folder in
+--out.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ WARM_D_STEPS, WARM_D_RATE = 1200, 1e-3  # then to tell apart, at a rate that fal
 STEPS, EVERY, PROMPTS, SAMPLES = 200, 20, 32, 8  # of an arm with a reward; looks at it; prompts and samples per step
 RATE, D_RATE, D_STEPS, BETA = 3e-4, 3e-4, 2, 0.01
 SAME_TIME_STEPS = 5000  # of SeqKD, that take as long as an arm with a reward
+WHOLE_TIME_STEPS = 15_000  # and as long as that and the discriminator's warm-up
 DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA = 120, 64, 3e-4, 0.1
 BEST_OF = 8
 SETTINGS = (
@@ -98,7 +101,7 @@ SETTINGS = (
     TEMPERATURES,
     *(WARM_STEPS, WARM_RATE, WRITE_STEPS, WRITE_RATE, WARM_D_STEPS, WARM_D_RATE),
     *(STEPS, EVERY, PROMPTS, SAMPLES, RATE, D_RATE, D_STEPS, BETA),
-    *(SAME_TIME_STEPS, DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA, BEST_OF),
+    *(SAME_TIME_STEPS, WHOLE_TIME_STEPS, DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA, BEST_OF),
 )
 
 Settings = Mapping[str, Any]
@@ -350,6 +353,7 @@ PLAIN: dict[str, Callable[[Start], Row]] = {
     "SeqKD": itself,
     "SeqKD, same samples": partial(longer, steps=STEPS * PROMPTS * SAMPLES // BATCH),
     "SeqKD, same time": partial(longer, steps=SAME_TIME_STEPS),
+    "SeqKD, D's time too": partial(longer, steps=WHOLE_TIME_STEPS),
     f"best of {BEST_OF} by D": best_of,
     "DPO": preferring,
 }
@@ -457,7 +461,7 @@ def run_seed(seed: int, folder: Path, rows: list[Row]) -> None:
 def main() -> None:
     """Run the arms and append one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=Path("runs/gad_arms"))
     parser.add_argument("--gate", action="store_true", help="make the starts, print what D knows, and stop")
     parser.add_argument("--figure", type=Path, help="draw GAD and the frozen discriminator step by step")

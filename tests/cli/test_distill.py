@@ -16,6 +16,7 @@ from luthier.core.files import sha256_file
 from luthier.data.tokenizer import train_bpe
 from luthier.distill import alarms
 from luthier.distill.distill_config import DistillConfig
+from luthier.models import load
 from luthier.models.initialization import initialize
 from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import InstellaConfig
@@ -175,7 +176,8 @@ def test_data_in_place_of_a_folder_is_split_by_prompt(given, tmp_path):
     assert len(made["data"]) == 2
 
 
-def test_a_larger_discriminator_reads_the_students_tokens(given, straight, tmp_path, capsys):
+def test_a_larger_discriminator_reads_the_students_tokens(given, straight, tmp_path, capsys, monkeypatch):
+    read = load.load_pretrained
     large, out = write_model(tmp_path / "large", width=32), tmp_path / "run"
     asked = arguments(given, out, "--force", discriminator=large, eval_every=1, fresh_steps=1)
     assert main([*asked, "--dry-run"]) == 0
@@ -186,10 +188,18 @@ def test_a_larger_discriminator_reads_the_students_tokens(given, straight, tmp_p
         assert load_file(out / stage / "discriminator" / "discriminator_head.safetensors")["weight"].shape == (1, 32)
     warmed = json.loads((out / "warmup" / "discriminator" / "luthier.json").read_text())
     assert [parent["model"] for parent in warmed["parents"]] == [str(large)]
-    other = write_model(tmp_path / "other", vocabulary=259)
+    loaded = list[str]()
+    monkeypatch.setattr(load, "load_pretrained", lambda name, **kw: loaded.append(str(name)) or read(name, **kw))
     capsys.readouterr()
-    assert main(arguments(given, tmp_path / "a", discriminator=other)) == 2
-    assert "has other tokens than the student" in capsys.readouterr().err
+    again = arguments({**given, "model": out}, tmp_path / "again", "--force", eval_every=1, fresh_steps=1)
+    assert main([*again, "--dry-run"]) == 0
+    assert f"whole on each rank ({parameters:,} parameters)" in capsys.readouterr().out
+    assert main(again) == 0
+    assert str(large) in loaded  # what measures for the alarm starts where the warmed-up one did
+    other = write_model(tmp_path / "other", vocabulary=259)
+    for more in ((), ("--dry-run",)):
+        assert main(arguments(given, tmp_path / "a", *more, discriminator=other)) == 2
+        assert "has other tokens than the student" in capsys.readouterr().err
     assert main(arguments({**given, "model": straight}, tmp_path / "b", discriminator=large)) == 2
     assert "has a warmed-up one" in capsys.readouterr().err
 

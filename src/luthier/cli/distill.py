@@ -41,11 +41,13 @@ def dry_run(config: DistillConfig, console: Console) -> None:
 def _counted(config: DistillConfig) -> tuple[int, int] | None:
     """Rows to learn from and the tokens of their replies; None where files or tokenizer are not on this machine."""
     specs = config.data or (str(config.teacher),)
-    if not all(Path(spec).expanduser().exists() for spec in (*specs, config.model)):
+    models = [config.model, *([config.discriminator] if config.discriminator else [])]
+    if not all(Path(spec).expanduser().exists() for spec in (*specs, *models)):
         return None
     from luthier.data.tokenizer import encode_texts, load_tokenizer
 
     tokenizer = load_tokenizer(_student(config))
+    _check_discriminator(config, tokenizer)
     lessons = _lessons(config, tokenizer, _parts(config))
     replies = encode_texts(tokenizer, [row["completion"] for row in lessons.train])
     return len(replies), sum(min(len(reply) + 1, config.max_lengths[1]) for reply in replies)
@@ -83,6 +85,14 @@ def _is_warmed(model: str) -> bool:
 def _student(config: DistillConfig) -> str:
     """The model folder whose tokenizer, and shape, the student has."""
     return str(Path(config.model).expanduser() / "warmup" / "model") if _is_warmed(config.model) else config.model
+
+
+def _critics_own(warmup: Path) -> str | None:
+    """The model that a warmed-up discriminator started from, where that was not the student."""
+    from luthier.models.load import read_provenance
+
+    own: str | None = read_provenance(warmup / "discriminator")["config"].get("discriminator")
+    return own
 
 
 def _check_discriminator(config: DistillConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -202,7 +212,7 @@ class _Job:
             before = self._once(folder / "before.json", run, lambda: self._examine(trainer))
             self._check(before)
             self.console.status("== adversarial stage")
-            auditor = self._auditor(trainer, config.discriminator or parents[0])
+            auditor = self._auditor(trainer, _critics_own(start) or parents[0])
             tuned = self._count(*play(config, trainer, auditor, self.left, run, self.who, self.console))
             after = self._once(folder / "after.json", run, lambda: self._examine(trainer))
             if run is not None:

@@ -66,13 +66,14 @@ def memory_rows(config: DistillConfig) -> Rows:
     from luthier.cli.quantize import empty_model
     from luthier.cli.run import recipe_folder
 
-    warmed = Path(config.model) / "warmup" / "model"
-    names = [str(warmed) if warmed.is_dir() else config.model]
-    names += [config.discriminator or names[0]]
+    warmed = Path(config.model).expanduser() / "warmup"
+    names = [str(warmed / part) for part in ("model", "discriminator")] if warmed.is_dir() else [config.model]
+    names += [config.discriminator] if config.discriminator else []
     known = (Path(name).expanduser().exists() or (recipe_folder() / "architectures" / name).is_dir() for name in names)
     if not all(known):
         return [("student, reference and discriminator", "known once the models are on this machine")]
-    model, critic = map(empty_model, names)
+    models = [empty_model(name) for name in names]
+    model, critic = models[0], models[-1]
     whole = sum(parameter.numel() for parameter in model.parameters())
     base: torch.nn.Module = critic.base_model
     body = sum(parameter.numel() for parameter in base.parameters())

@@ -5,9 +5,9 @@ goes on as without. Where the teacher is known exactly, quality is whether it co
 is how many n-grams a reply shares with the teacher's. Both are read at the teacher's lengths, since short replies are
 valid more often and long ones share more.
 
-A fresh discriminator starts from the warmed-up student, as the live one once did, and learns for a few updates from the
-current student's samples for prompts to learn from. Where it then tells held-out replies far better than the live one,
-the student has found what the live one does not see.
+A fresh discriminator starts from the warmed-up student, or from the model of its own that the live one began with, and
+learns for a few updates from the current student's samples for prompts to learn from. Where it then tells held-out
+replies far better than the live one, the student has found what the live one does not see.
 """
 
 from __future__ import annotations
