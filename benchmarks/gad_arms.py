@@ -392,17 +392,20 @@ def lead_text(values: Sequence[float | None], base: Sequence[float | None]) -> s
     return paired_difference(*map(list, zip(*pairs, strict=True))).text() if pairs else "undefined"
 
 
-def line(arm: str, rows: Sequence[Row], temperature: float | None, base: Sequence[float | None]) -> Row:
-    """One line of the table."""
-    found = [at(row, temperature) for row in rows]
+def line(of: Mapping[str, Sequence[Row]], arm: str, temperature: float | None) -> Row:
+    """One line of the table; GAD minus the arm is at the same temperature, or each at its best."""
+    rows = of[arm]
+    found, gad = ([at(row, temperature) for row in of[name]] for name in (arm, "GAD"))
+    base = [at(row, None) for row in of["SeqKD"]]
     means = {
         name: round(float(np.mean([row[name] for row in found])), 3)
         for name in ("forward_kl", "reverse_kl", "valid", "length", "unique")
         if name in found[0]
     }
     chosen = temperature if temperature is not None else " ".join(f"{row['temperature']}" for row in rows)
-    told = {"arm": arm, "temperature": chosen, MATCHED: mean_text([row[MATCHED] for row in found])}
-    told["minus SeqKD at its best"] = lead_text([row[MATCHED] for row in found], base)
+    values, of_gad, of_base = ([row[MATCHED] for row in some] for some in (found, gad, base))
+    told = {"arm": arm, "temperature": chosen, MATCHED: mean_text(values)}
+    told |= {"minus SeqKD at its best": lead_text(values, of_base), "GAD minus it": lead_text(of_gad, values)}
     if temperature == 1:
         told["last"] = mean_text([row["last"][MATCHED] for row in rows])
         told["d_acc"] = mean_text([row.get("d_acc") for row in rows])
@@ -412,10 +415,9 @@ def line(arm: str, rows: Sequence[Row], temperature: float | None, base: Sequenc
 def summarize(rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
     """Two lines per arm, at temperature 1 and at its best one; every temperature of SeqKD."""
     of = {arm: [row for seed in seeds for row in rows if (row["arm"], row["seed"]) == (arm, seed)] for arm in ARMS}
-    base = [at(row, None)[MATCHED] for row in of["SeqKD"]]
-    lines = [line("SeqKD", of["SeqKD"], temperature, base) for temperature in TEMPERATURES[1:]]
+    lines = [line(of, "SeqKD", temperature) for temperature in TEMPERATURES[1:]]
     for arm in ARMS:
-        lines += [line(arm, of[arm], temperature, base) for temperature in (1.0, None)]
+        lines += [line(of, arm, temperature) for temperature in (1.0, None)]
     return lines
 
 
