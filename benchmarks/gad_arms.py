@@ -12,8 +12,11 @@ n-grams. All arms start from these two and see the same replies:
   SeqKD, same time           fine-tuned on, for as many seconds
   SeqKD, D's time too        fine-tuned on, for as many seconds as these arms and the discriminator's warm-up together
   best of 8 by D             the start's best sample in the eyes of the warmed-up discriminator
+  white box                  GKD: probabilities of a teacher that tells them, on as many samples of the student's own
   DPO                        teacher's replies preferred to the start's own (SODA)
   GAD; GAD, length residual  GRPO against a discriminator that learns along; its score without what length explains
+  GAD, token credit          each token is credited with what the score rises by at it
+  GAD, unsure tokens         the student learns only from the half of the tokens where its entropy is largest
   D frozen, length, random   the same with a discriminator that stays as it is, a reward for length alone, and noise
 
 Each is measured at several temperatures. The primary figure was fixed beforehand: validity at the teacher's lengths
@@ -43,6 +46,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from gad_table import TEMPERATURES, at, draw, summarize
 from gad_world import (
     BATCH,
     CPU,
@@ -54,6 +58,7 @@ from gad_world import (
     World,
     accuracy,
     descend,
+    guided,
     lessons,
     measure,
     picks,
@@ -71,7 +76,6 @@ from transformers.utils import logging as transformers_logging
 from luthier.core.config import digest
 from luthier.core.files import append_jsonl, read_jsonl
 from luthier.core.seeds import derive_seed
-from luthier.core.stats import bootstrap_mean, paired_difference
 from luthier.data.tokenizer import encode_texts
 from luthier.distill.adversary import Adversary, AdversarySettings
 from luthier.distill.alarms import AlarmCallback
@@ -86,7 +90,6 @@ from luthier.distill.teacher import preferences
 from luthier.models.load import load_pretrained, save_pretrained
 from luthier.train.dpo import dpo_loss, margins
 
-TEMPERATURES = (1.0, 0.7, 0.4, 0.2, 0.1)
 WARM_STEPS, WARM_RATE = 2400, 5e-3  # of SeqKD, with a rate that falls to 0
 WRITE_STEPS, WRITE_RATE = 1500, 3e-3  # the discriminator's network learns to write
 WARM_D_STEPS, WARM_D_RATE = 1200, 1e-3  # then to tell apart, at a rate that falls to 0 as well
@@ -108,6 +111,8 @@ Settings = Mapping[str, Any]
 ADVERSARIAL: dict[str, Settings] = {
     "GAD": {},
     "GAD, length residual": {"adversarial_reward": "residual"},
+    "GAD, token credit": {"adversarial_credit": "tokens"},
+    "GAD, unsure tokens": {"top_entropy_quantile": 0.5},
     "D frozen": {"discriminator_frozen": True},
     "reward: length": {"adversarial_reward": "length"},
     "reward: random": {"adversarial_reward": "random"},
@@ -291,6 +296,13 @@ def longer(start: Start, steps: int) -> Row:
     return fit(model, course, lessons(world, model), steps, steps * EVERY // STEPS, WARM_RATE / 3)
 
 
+def white_box(start: Start) -> Row:
+    """What a teacher that tells its probabilities would be worth."""
+    world, model = start.world, start.student()
+    course = Course(world, model, start.adversary())
+    return fit(model, course, guided(world, model, PROMPTS * SAMPLES), STEPS, EVERY, WARM_RATE / 3)
+
+
 def preferring(start: Start) -> Row:
     """DPO on pairs of the teacher's reply and the start's own."""
     world, model = start.world, start.student().eval()
@@ -355,6 +367,7 @@ PLAIN: dict[str, Callable[[Start], Row]] = {
     "SeqKD, same time": partial(longer, steps=SAME_TIME_STEPS),
     "SeqKD, D's time too": partial(longer, steps=WHOLE_TIME_STEPS),
     f"best of {BEST_OF} by D": best_of,
+    "white box": white_box,
     "DPO": preferring,
 }
 ARMS = (*PLAIN, *ADVERSARIAL)
@@ -368,77 +381,7 @@ def run_arm(arm: str, start: Start) -> Row:
     return {"arm": arm, "seed": start.world.seed, **found, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
-# The table.
-
-
-def at(row: Row, temperature: float | None) -> Row:
-    """Test figures of an arm at a temperature; None: at the one that validation prompts chose."""
-    found: Row = row["test"][str(row["temperature"] if temperature is None else temperature)]
-    return found
-
-
-def mean_text(values: Sequence[float | None]) -> str:
-    """Mean over seeds with its interval; seeds without a value are named, not guessed."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "undefined"
-    missing = f" ({len(values) - len(known)} undefined)" if len(known) < len(values) else ""
-    return bootstrap_mean(known).text() + missing
-
-
-def lead_text(values: Sequence[float | None], base: Sequence[float | None]) -> str:
-    """Paired difference over the seeds where both are defined."""
-    pairs = [(a, b) for a, b in zip(values, base, strict=True) if a is not None and b is not None]
-    return paired_difference(*map(list, zip(*pairs, strict=True))).text() if pairs else "undefined"
-
-
-def line(of: Mapping[str, Sequence[Row]], arm: str, temperature: float | None) -> Row:
-    """One line of the table; GAD minus the arm is at the same temperature, or each at its best."""
-    rows = of[arm]
-    found, gad = ([at(row, temperature) for row in of[name]] for name in (arm, "GAD"))
-    base = [at(row, None) for row in of["SeqKD"]]
-    means = {
-        name: round(float(np.mean([row[name] for row in found])), 3)
-        for name in ("forward_kl", "reverse_kl", "valid", "length", "unique")
-        if name in found[0]
-    }
-    chosen = temperature if temperature is not None else " ".join(f"{row['temperature']}" for row in rows)
-    values, of_gad, of_base = ([row[MATCHED] for row in some] for some in (found, gad, base))
-    told = {"arm": arm, "temperature": chosen, MATCHED: mean_text(values)}
-    told |= {"minus SeqKD at its best": lead_text(values, of_base), "GAD minus it": lead_text(of_gad, values)}
-    if temperature == 1:
-        told["last"] = mean_text([row["last"][MATCHED] for row in rows])
-        told["d_acc"] = mean_text([row.get("d_acc") for row in rows])
-    return told | means
-
-
-def summarize(rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
-    """Two lines per arm, at temperature 1 and at its best one; every temperature of SeqKD."""
-    of = {arm: [row for seed in seeds for row in rows if (row["arm"], row["seed"]) == (arm, seed)] for arm in ARMS}
-    lines = [line(of, "SeqKD", temperature) for temperature in TEMPERATURES[1:]]
-    for arm in ARMS:
-        lines += [line(of, arm, temperature) for temperature in (1.0, None)]
-    return lines
-
-
-def draw(rows: Sequence[Row], seeds: Sequence[int], path: Path) -> None:
-    """GAD and the frozen discriminator step by step, on validation prompts; a thin line per seed."""
-    from matplotlib.figure import Figure
-
-    panels = {"length": "tokens of a reply", "valid": "valid", MATCHED: "valid at the teacher's lengths"}
-    panels |= {"unique": "different replies", "score": "D's score", "d_acc": "D's held-out accuracy"}
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for arm, color in (("GAD", "C0"), ("D frozen", "C3")):
-            curves = [row["curve"] for row in rows if row["arm"] == arm and row["seed"] in seeds]
-            values = np.array([[np.nan if p[name] is None else p[name] for p in curve] for curve in curves], float)
-            steps = [point["step"] for point in curves[0]]
-            axes.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.5)
-            axes.plot(steps, values.mean(0), color=color, linewidth=2, label=arm)
-        axes.set_title(title, fontsize=10)
-    figure.axes[0].legend()
-    figure.supxlabel("steps")
-    figure.savefig(path)
+# The seeds.
 
 
 def finished(rows: Sequence[Row], seeds: Sequence[int]) -> list[int]:
@@ -484,7 +427,7 @@ def main() -> None:
     seeds = finished(rows, options.seeds)
     if not seeds:
         raise SystemExit("no seed is finished: run without --record first")
-    summary = summarize(rows, seeds)
+    summary = summarize(rows, ARMS, seeds)
     gates = [row["gate"] for row in rows if row["arm"] == "SeqKD" and row["seed"] in seeds]
     alarms = {
         arm: [row.get("alarms") for row in rows if row["arm"] == arm and row["seed"] in seeds] for arm in ADVERSARIAL

@@ -241,6 +241,32 @@ def lessons(world: World, model: Any) -> Iterator[Tensor]:
         yield nats.sum() / sum(len(replies[n]) for n in rows)
 
 
+def next_tokens(world: World, prompts: Sequence[str], replies: Sequence[Ids]) -> Tensor:
+    """(N, T, V) probabilities of the teacher for each token of the replies; zeros after what it cannot write."""
+    ids = [row[0] for row in encode_texts(world.tokenizer, list(world.teacher.tokens))] + [world.tokenizer.eos_token_id]
+    found = torch.zeros(len(replies), max(map(len, replies)), len(world.tokenizer))
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        known = torch.from_numpy(world.teacher.conditionals(prompt, world.text(reply)))[: len(reply)]
+        found[row, : len(known), ids] = known.nan_to_num().float()
+    return found
+
+
+def guided(world: World, model: Any, batch: int) -> Iterator[Tensor]:
+    """GKD, arXiv 2306.13649: Jensen-Shannon divergence to the teacher on the student's own samples, nats per token."""
+    prompts, generator = world.prompts("train"), world.generator("guided")
+    for rows in picks(world, len(prompts), batch):
+        asked = [prompts[n] for n in rows]
+        replies = sample(model, asked, world.cap, generator).replies
+        teacher = next_tokens(world, [world.rows["train"][n]["prompt"] for n in rows], replies)
+        longest, padding = teacher.shape[1], model.config.pad_token_id
+        ids = torch.tensor([[*p, *r, *[padding] * (longest - len(r))] for p, r in zip(asked, replies, strict=True)])
+        student = model(input_ids=ids, use_cache=False).logits[:, -longest - 1 : -1].float().softmax(-1)
+        mixed = ((teacher + student) / 2).clamp(min=1e-12).log()
+        apart = sum((p * (p.clamp(min=1e-12).log() - mixed)).sum(-1) for p in (teacher, student)) / 2
+        known = teacher.sum(-1) > 0
+        yield apart[known].sum() / known.sum()
+
+
 def tell_apart(world: World, student: Any, adversary: Adversary, steps: int) -> None:
     """The discriminator alone learns from the student's samples, at a rate that falls to 0."""
     prompts, replies, generator = world.prompts("train"), world.replies("train"), world.generator("told apart")

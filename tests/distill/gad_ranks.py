@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -33,21 +34,32 @@ class Scripted(GADTrainer):
         return [*ids, self._tokenizer.eos_token_id] if place % 3 else ids
 
 
+VARIANTS = {
+    "replies": {"num_generations": 4, "adversarial_reward": "residual"},
+    "tokens": {"num_generations": 8, "adversarial_credit": "tokens"},  # one group, which two ranks share
+}
+
+
 def main(folder: Path, out: Path, ranks: int) -> None:
+    for name, settings in VARIANTS.items():
+        (out / name).mkdir(parents=True, exist_ok=True)  # by each rank
+        train(folder, out / name, ranks, settings)
+
+
+def train(folder: Path, out: Path, ranks: int, variant: dict[str, Any]) -> None:
+    """Three updates; writes the weights of both networks to `out`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = [{"prompt": "tap " * (1 + i % 3), "completion": f" wood {i}"} for i in range(8)]
     settings = GADConfig(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=REPLIES // ranks,
-        num_generations=4,
         max_completion_length=6,
         max_steps=3,
         learning_rate=1e-3,
         discriminator_learning_rate=1e-3,
         discriminator_steps=2,
         discriminator_length_tolerance=0.7,  # ranks then have unlike numbers of pairs
-        adversarial_reward="residual",
         beta=0.05,
         use_cpu=True,
         bf16=False,
@@ -56,6 +68,7 @@ def main(folder: Path, out: Path, ranks: int) -> None:
         save_strategy="no",
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        **variant,
     )
     trainer = Scripted(model, Discriminator.of(model), settings, Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
@@ -183,6 +184,21 @@ def test_pairs_of_unlike_length_teach_nothing():
     assert adversary.updates == 0
     assert all(torch.equal(a, b) for a, b in zip(before, adversary.parameters, strict=True))
     assert adversary.update(DUELS)["used"] == 0.5  # three tokens against three, and two against two
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rises_are_differences_of_scores_of_prefixes(name):
+    discriminator = with_large_head(discriminator_of(name))
+    adversary = Adversary(discriminator, Accelerator(cpu=True), AdversarySettings(micro_batch_size=3))
+    rises, mask = adversary.rises(DUELS)
+    assert mask.sum(1).tolist() == [2, 3, 1, 2]
+    for row, (prompt, reply) in enumerate(zip(DUELS.prompts, DUELS.students, strict=True)):
+        ids = [*prompt, *reply]
+        cuts = [ids[:end] for end in range(len(prompt), len(ids) + 1)]
+        alone = [discriminator(torch.tensor([cut]), None, torch.tensor([len(cut) - 1])).item() for cut in cuts]
+        expected = [after - before for before, after in itertools.pairwise(alone)]
+        assert rises[row, : len(reply)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert rises[row, len(reply) :].abs().sum() == 0
 
 
 def test_it_learns_to_tell_teacher_from_student():

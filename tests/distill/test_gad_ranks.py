@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ SCRIPT = Path(__file__).with_name("gad_ranks.py")
 
 
 def run(folder: Path, out: Path, ranks: int) -> None:
-    out.mkdir()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
         [sys.executable, *torchrun, str(SCRIPT), str(folder), str(out), str(ranks)],
@@ -31,8 +31,8 @@ def test_two_ranks_train_both_networks_as_one_does(student_folder, tmp_path):
     for ranks in (1, 2):
         run(student_folder, tmp_path / str(ranks), ranks)
     start = load_file(student_folder / "model.safetensors")
-    for name in ("student", "discriminator"):
-        one, two = (load_file(tmp_path / str(ranks) / f"{name}.safetensors") for ranks in (1, 2))
+    for variant, name in itertools.product(("replies", "tokens"), ("student", "discriminator")):
+        one, two = (load_file(tmp_path / str(ranks) / variant / f"{name}.safetensors") for ranks in (1, 2))
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(

@@ -247,6 +247,32 @@ def test_it_reads_respelled_text_when_asked(make_trainer, duel_rows):
     assert trainer._metrics["train"]["discriminator/reencode_mismatch"][0] > 0
 
 
+def test_tokens_are_credited_with_what_the_score_rises_by(make_trainer, duel_rows):
+    trainer = make_trainer(adversarial_credit="tokens", discriminator_frozen=True)
+    output = rollout(trainer, duel_rows[:2])
+    rises, counted = trainer.adversary.rises(trainer._duels)
+    advantages, width = output["advantages"], rises.shape[1]
+    assert advantages.shape == output["completion_ids"].shape
+    assert torch.equal(counted, output["completion_mask"][:, :width].bool())
+    for group in (slice(0, 4), slice(4, 8)):
+        known, found = rises[group][counted[group]], advantages[group, :width][counted[group]]
+        expected = (known - known.mean()) / (known.std(correction=0) + 1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert advantages[:, width:].abs().sum() == 0
+    assert advantages[:, :width][~counted].abs().sum() == 0
+
+
+def test_token_credit_trains_and_evaluates_and_knows_no_other_rewards(make_trainer):
+    trainer = make_trainer(adversarial_credit="tokens", eval_strategy="steps", eval_steps=1, top_entropy_quantile=0.5)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any("eval_discriminator/accuracy" in row for row in trainer.state.log_history)
+    with pytest.raises(ConfigError, match="adversarial_credit: other rewards"):
+        make_trainer(adversarial_credit="tokens", trainer={"reward_funcs": [lambda completion_ids, **_: [0.0]]})
+
+
 def test_a_lagging_discriminator_gets_more_updates_after_an_evaluation(make_trainer):
     band = [0.98, 0.99]
     trainer = make_trainer(discriminator_accuracy_band=band, eval_strategy="steps", eval_steps=1, max_steps=2)
@@ -261,6 +287,9 @@ def test_a_lagging_discriminator_gets_more_updates_after_an_evaluation(make_trai
     [
         ({"adversarial_reward": "taste"}, "adversarial_reward"),
         ({"num_iterations": 2}, "num_iterations"),
+        ({"adversarial_credit": "words"}, "adversarial_credit"),
+        ({"adversarial_credit": "tokens", "adversarial_reward": "length"}, "got adversarial_reward 'length'"),
+        ({"adversarial_credit": "tokens", "discriminator_reencode": True}, "discriminator_reencode True"),
         ({"discriminator_steps": 0}, "discriminator_steps"),
         ({"discriminator_accuracy_band": [0.9, 0.6], "eval_strategy": "steps"}, "two rising"),
         ({"discriminator_accuracy_band": [0.6, 0.9]}, "no evaluation"),

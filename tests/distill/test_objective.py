@@ -14,6 +14,8 @@ from luthier.distill.objective import (
     length_reward,
     next_discriminator_steps,
     pair_accuracy,
+    token_advantages,
+    token_moments,
 )
 
 OWNER = torch.tensor([0, 0, 1])
@@ -106,3 +108,18 @@ def test_groups_without_spread_are_found():
 )
 def test_a_lagging_discriminator_learns_more_often(steps, accuracy, expected):
     assert next_discriminator_steps(steps, accuracy, (0.6, 0.8), 4) == expected
+
+
+def test_tokens_are_credited_against_all_tokens_of_their_group():
+    rises = torch.tensor([[1.0, 3.0, 9.0], [2.0, 9.0, 9.0], [0.5, -0.5, 9.0], [4.0, 1.0, -2.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
+    moments = token_moments(rises, mask)
+    grouped = moments.view(2, 2, 3).sum(1).repeat_interleave(2, 0)
+    found = token_advantages(rises, mask, grouped, eps=0.0)
+    for rows in ([0, 1], [2, 3]):
+        values = [float(v) for row in rows for v, counts in zip(rises[row], mask[row], strict=True) if counts]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        got = [float(v) for row in rows for v, counts in zip(found[row], mask[row], strict=True) if counts]
+        assert got == pytest.approx([(v - mean) / spread for v in values], abs=1e-5)
+    assert found[~mask].abs().max() == 0

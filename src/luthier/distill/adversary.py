@@ -98,6 +98,25 @@ class Adversary:
         """The same scores, with the graphs of `kept_graphs` micro-batches for the update that follows."""
         return self._score(duels, self.settings.kept_graphs)
 
+    @torch.no_grad()
+    def rises(self, duels: Duels) -> tuple[Tensor, Tensor]:
+        """What the score rises by at each token of the student replies, and where these tokens are: both (N, T).
+
+        A reply's rises add up to its score minus that of its prompt alone. The mask is right of nothing but zeros.
+        """
+        longest = max(map(len, duels.students))
+        rises = torch.zeros(len(duels.students), longest, device=self.accelerator.device)
+        mask = torch.arange(longest, device=rises.device) < duels.student_lengths.to(rises.device)[:, None]
+        sequences = duels.sequences()[: len(duels.students)]
+        for rows in micro_batches(sequences, self.settings.micro_batch_size):
+            batch = pad_right([sequences[row] for row in rows], rises.device)
+            with self.accelerator.autocast():
+                scores = self.discriminator.prefixes(batch["input_ids"])
+            for row, found in zip(rows, scores, strict=True):
+                prompt, reply = sequences[row]
+                rises[row, : len(reply)] = found[len(prompt) - 1 :][: len(reply) + 1].diff()
+        return rises, mask
+
     def update(self, duels: Duels, scored: Scored | None = None) -> dict[str, float]:
         """One step on all pairs of all ranks. `scored` is of `self.scored`, if the weights did not move since.
 

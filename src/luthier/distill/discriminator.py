@@ -59,12 +59,23 @@ class Discriminator(nn.Module):
 
         Without a mask, padding must be on the right.
         """
+        hidden = self._hidden(input_ids, attention_mask)
+        return self._score(hidden[torch.arange(len(last), device=last.device), last])
+
+    def prefixes(self, input_ids: Tensor) -> Tensor:
+        """Scores (B, T) in fp32 of everything up to each token of rows (B, T), padded on the right."""
+        return self._score(self._hidden(input_ids, None))
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         )
-        pooled = output.last_hidden_state[torch.arange(len(last), device=last.device), last].float()
-        return (pooled * self.head.weight).sum(1)  # a linear layer that autocast leaves in fp32
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        return (hidden.float() * self.head.weight).sum(-1)  # a linear layer that autocast leaves in fp32
 
 
 def save_discriminator(

@@ -16,6 +16,7 @@ from trl import GRPOConfig
 from luthier.core.errors import ConfigError
 from luthier.distill.adversary import AdversarySettings
 
+CREDITS = ("reply", "tokens")
 REWARDS = ("discriminator", "residual", "length", "random")
 
 
@@ -57,6 +58,10 @@ class GADConfig(GRPOConfig):
     adversarial_reward: str = "discriminator"
     """What rewards a reply. 'discriminator': its score; 'residual': its score without what log length explains inside a
     group; 'length': closeness to the length of the teacher's reply; 'random': noise. The last two are controls."""
+    adversarial_credit: str = "reply"
+    """What a token is credited with. 'reply': the advantage of its reply; 'tokens': what the score rises by at it, an
+    experiment: the discriminator never learned from unfinished replies. `top_entropy_quantile` is GRPO's own way to
+    learn only where the student is unsure."""
     min_group_std: float = 1e-6
     """Groups whose rewards have a smaller standard deviation move nothing."""
 
@@ -92,6 +97,19 @@ class GADConfig(GRPOConfig):
         if self.adversarial_reward not in REWARDS:
             raise ConfigError(
                 f"adversarial_reward: got {self.adversarial_reward!r}", hint=f"expected one of {', '.join(REWARDS)}"
+            )
+        if self.adversarial_credit not in CREDITS:
+            raise ConfigError(
+                f"adversarial_credit: got {self.adversarial_credit!r}", hint=f"expected one of {', '.join(CREDITS)}"
+            )
+        if self.adversarial_credit == "tokens" and (
+            self.adversarial_reward != "discriminator" or self.discriminator_reencode
+        ):
+            raise ConfigError(
+                "adversarial_credit: tokens are credited with the discriminator's score on them as they were sampled, "
+                f"got adversarial_reward {self.adversarial_reward!r}, discriminator_reencode "
+                f"{self.discriminator_reencode}",
+                hint="leave both at their defaults, or credit replies",
             )
         if self.num_iterations != 1:
             raise ConfigError(

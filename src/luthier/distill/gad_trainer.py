@@ -37,6 +37,8 @@ from luthier.distill.objective import (
     length_residual,
     length_reward,
     next_discriminator_steps,
+    token_advantages,
+    token_moments,
 )
 from luthier.distill.replies import Duels, Ids, make_duels, reencoded, reply_text, student_reply, teacher_replies
 from luthier.models.load import shorten
@@ -84,6 +86,11 @@ class GADTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         _check_source(model, args, kwargs.get("peft_config"))
+        if args.adversarial_credit == "tokens" and reward_funcs:
+            raise ConfigError(
+                "adversarial_credit: other rewards are for whole replies, and would be lost on tokens",
+                hint="credit replies, or give no reward_funcs",
+            )
         super().__init__(
             model,
             list[Any]([self.adversarial_reward, *(reward_funcs or [])]),
@@ -139,16 +146,18 @@ class GADTrainer(GRPOTrainer):
         self._teacher_texts = [self._teacher_text(row) for row in inputs]  # TRL keeps some columns from rewards
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         assert self._duels is not None
-        size: Any = self.num_generations if self._mode == "train" else self.num_generations_eval
-        if size > 1:
-            rewards = self._shape_rewards(rewards, gather(self._duels.student_lengths), size)
+        if self._group_size > 1:
+            rewards = self._shape_rewards(rewards, gather(self._duels.student_lengths), self._group_size)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        start = self.accelerator.process_index * len(inputs)
+        own = slice(start, start + len(inputs))
+        if self.args.adversarial_credit == "tokens":
+            output["advantages"] = self._token_advantages(own, output["completion_ids"].shape[1])
         if self._informative is not None:
-            start = self.accelerator.process_index * len(inputs)
-            output["advantages"] = output["advantages"] * self._informative[start : start + len(inputs)]
+            output["advantages"][~self._informative[own]] = 0
         self._measure()
         self._write_notes()
         if self._learns:
@@ -182,6 +191,11 @@ class GADTrainer(GRPOTrainer):
     def _mode(self) -> str:
         """TRL's names for what the model is in."""
         return "train" if self.model.training else "eval"  # type: ignore[union-attr]
+
+    @property
+    def _group_size(self) -> int:
+        """Samples of a prompt."""
+        return cast("int", self.num_generations if self._mode == "train" else self.num_generations_eval)
 
     @property
     def _learns(self) -> bool:
@@ -268,6 +282,15 @@ class GADTrainer(GRPOTrainer):
         self._informative = informative_groups(total, size, self.args.min_group_std)
         self._note("discriminator/skipped_groups", 1 - self._informative.float())
         return rewards
+
+    def _token_advantages(self, own: slice, width: int) -> Tensor:
+        """(B, width) advantages of this rank's tokens: standardized over the tokens of their group on all ranks."""
+        assert self._duels is not None
+        rises, mask = self.adversary.rises(self._duels)
+        moments: Tensor = gather(token_moments(rises, mask))
+        grouped = moments.view(-1, self._group_size, moments.shape[1]).sum(1).repeat_interleave(self._group_size, 0)
+        found = token_advantages(rises, mask, grouped[own])
+        return torch.nn.functional.pad(found, (0, width - found.shape[1]))
 
     def _measure(self) -> None:
         """Note what the discriminator makes of this rollout before it learns from it."""

@@ -84,6 +84,23 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     return centred(rewards, group_size) / (spread + eps)
 
 
+def token_moments(rises: Tensor, mask: Tensor) -> Tensor:
+    """Count, sum and sum of squares of the values (N, T) that `mask` (N, T) counts: (N, 3)."""
+    counted = torch.where(mask, rises, 0.0)
+    return torch.stack([mask.sum(1).to(rises.dtype), counted.sum(1), (counted * counted).sum(1)], 1)
+
+
+def token_advantages(rises: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-4) -> Tensor:
+    """(r - mean) / (std + eps) over all tokens of a reply's group, biased std; 0 outside of `mask`. (N, T) -> (N, T).
+
+    rises: what a score rises by at each token. moments (N, 3): `token_moments` summed over the group of each reply.
+    """
+    count, total, squares = moments.T[:, :, None]
+    mean = total / count
+    spread = (squares / count - mean * mean).clamp(min=0).sqrt()
+    return torch.where(mask, (rises - mean) / (spread + eps), 0.0)
+
+
 def next_discriminator_steps(steps: int, accuracy: float, band: tuple[float, float], most: int) -> int:
     """Updates of D per rollout after a held-out accuracy: one more below the band, one fewer above, 1 to `most`.
 
