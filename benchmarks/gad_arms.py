@@ -230,10 +230,13 @@ class Course:
 
 
 def at_temperatures(world: World, model: Any) -> Row:
-    """Test figures at every temperature, and the temperature that validation prompts choose."""
+    """Test figures at every temperature, and the one that validation prompts choose; 1 where nothing is known."""
     matched = {t: measure(world, "validation", model, t)[MATCHED] for t in TEMPERATURES}
-    chosen = best_temperature(matched)
-    return {"temperature": chosen, "test": {str(t): measure(world, "test", model, t) for t in TEMPERATURES}}
+    known = any(value is not None for value in matched.values())
+    return {
+        "temperature": best_temperature(matched) if known else 1.0,
+        "test": {str(t): measure(world, "test", model, t) for t in TEMPERATURES},
+    }
 
 
 class Watch(TrainerCallback):

@@ -58,16 +58,27 @@ def test_training_rows_fill_their_length_and_answer_rightly(size, form) -> None:
             assert reply["content"] == (f" {name}{told}" if form == "pairs" else told)
 
 
-def test_copy_rows_go_on_from_a_name_of_the_string_in_the_document() -> None:
-    needles, lengths = Needles(copy_share=1.0, copy_words=6, digits=2), set()
-    for number in range(40):
-        user, reply = needles.training_row(number, 600)["messages"]
-        (string,) = re.findall(r"\n?((?: [A-Z][a-z]{3}(?:\d\d)?){6})\n", f" {user['content']}")
-        name = re.search(r"\nCopy from (\w+)\.$", user["content"])[1]
-        assert reply["content"] == string[string.index(f" {name}") :]
-        assert len(re.findall(r"\d\d", string)) == 3
-        lengths.add(len(reply["content"].split()))
-    assert lengths == {4, 5, 6}
+@pytest.mark.parametrize("size", [len, words], ids=["characters", "words"])
+def test_copy_rows_go_on_from_a_part_of_the_string_until_the_row_is_full(size) -> None:
+    length = 400 if size is len else 90
+    needles, periods, starts = Needles(size=size, copy_share=1.0, copy_words=9, digits=2, names=24), set(), set()
+    for number in range(60):
+        messages = needles.training_row(number, length)["messages"]
+        used = conversation_size(messages, size)
+        assert used <= length
+        assert used > length - 10 or size is words  # a value alone counts as a word
+        string, question = messages[0]["content"].split("\n")
+        parts = re.findall(r" [A-Z][a-z]{3}|\d\d", string)
+        assert "".join(parts) == string
+        first = re.fullmatch(r"Copy from (\w+)\.", question)[1]
+        said = [turn for turn, part in enumerate(parts) if part.strip() == first]
+        going_on = ["".join(parts[turn:]) + string * 100 for turn in said]
+        assert any(text.startswith(messages[1]["content"]) for text in going_on)
+        assert not re.search(r"\d{3}", string)
+        periods.add(len(parts))
+        starts.add(said[0] > 0)
+    assert periods == {4, 5, 6, 7, 8, 9}
+    assert starts == {True, False}
 
 
 def test_the_share_of_copy_rows_is_kept() -> None:
@@ -122,8 +133,12 @@ def test_filler_is_the_given_text_in_its_order() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="length: got 20, but the facts and questions alone need"):
         Needles(copy_share=0.0).training_row(0, 20)
-    with pytest.raises(ConfigError, match="questions, facts, names: got 5, 4, 100"):
-        Needles(questions=5)
+    with pytest.raises(ConfigError, match="length: got 30, but a string to copy alone"):
+        Needles(copy_share=1.0).training_row(0, 30)
+    with pytest.raises(ConfigError, match="questions, facts, names, digits: got 1, 11, 100, 1"):
+        Needles(facts=11, digits=1)
+    with pytest.raises(ConfigError, match="got 0, 4, 100, 5"):
+        Needles(questions=0)
     with pytest.raises(ConfigError, match="copy_share"):
         Needles(copy_share=2)
 

@@ -51,14 +51,14 @@ class LongDataConfig:
     """Training rows of needles."""
     copy_share: float = 0.4
     """Share of the training rows in which a string is to be copied, as practice in looking back."""
-    copy_words: int = 8
-    """Names in such a string."""
+    copy_words: int = 20
+    """Most names and values in such a string, which is said over and over until the row is full."""
     form: Form = "sentences"
     """sentences: 'The code of Kelu is 47.'; pairs: 'Kelu47.', for rows of a few dozen tokens."""
     facts: int = 4
     """Facts in a document."""
     questions: int = 4
-    """Facts that a training row asks for, one after another."""
+    """Questions of a training row, each about any of its facts."""
     names: int = 100
     """Different names that facts are about."""
     digits: int = 2

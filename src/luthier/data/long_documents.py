@@ -1,8 +1,10 @@
 """Long documents with an answer somewhere in them: facts in filler, strings to copy, parts on sentence borders.
 
 A needle document is filler text with key-value facts at uniform depth, and questions about them at the end. Beside
-them stand copy rows: a random string, filler, and the string again from one of its names on as the reply. Which name is
-random: a string that is copied whole can be learned by counting, which finds no facts.
+them stand copy rows: a string without order or sense, and as the reply the same string from one of its parts on, over
+and over, until the row is full. To look a name up takes two layers that work together, which form where nearly every
+token depends on them; strings of one length, or with an order of their own, are learned by counting, and that finds no
+facts.
 Everything is decided by the seed and the number of the row. Lengths are those of the whole conversation, special tokens
 included, in whatever `Size` counts: tokens of a tokenizer, or characters (`len`).
 """
@@ -30,7 +32,9 @@ FORMS: dict[Form, tuple[str, str, str]] = {  # (fact, question, what a reply say
     # where its name stands.
     "pairs": (" {name}{value}.", "The {name}", " {name}"),
 }
-COPY_QUESTION = "Copy from {name}."
+SHORTEST_COPY = 4  # parts
+VALUE_SHARE = 0.4  # of what stands after a name
+COPY_QUESTION = "Copy from {part}."
 _SENTENCE = re.compile(r".+?(?:[.!?]['\")\]]*(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
 _SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
 _SUBJECTS = ("the baker", "a sailor", "the old teacher", "my neighbor", "the child", "a farmer", "the king", "the dog")
@@ -84,40 +88,39 @@ class Needles:
     facts: int = 4
     """Facts in a document."""
     questions: int = 1
-    """Facts that a training row asks for, one after another; test rows ask for one."""
+    """Questions of a training row, each about any of its facts; test rows have one."""
     names: int = 100
     """Names that facts are about."""
     digits: int = 5
     """Digits of a fact's value."""
     copy_share: float = 0.4
     """Share of the training rows in which a string is to be copied."""
-    copy_words: int = 8
-    """Names in such a string; every other one has a value."""
+    copy_words: int = 20
+    """Most names and values in such a string."""
     filler: Sequence[str] = field(default=(), repr=False)
     """Sentences to fill documents with, in their order from a random one on; empty: generated ones."""
     seed: int = 0
     """Another seed gives other rows."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.questions <= self.facts <= self.names:
+        if self.questions < 1 or not 1 <= self.facts <= min(self.names, 10**self.digits):
             raise ConfigError(
-                f"questions, facts, names: got {self.questions}, {self.facts}, {self.names}, expected 1 <= questions "
-                "<= facts <= names",
-                hint="ask for fewer facts, or allow more names",
+                f"questions, facts, names, digits: got {self.questions}, {self.facts}, {self.names}, {self.digits}, "
+                "expected a question or more, and a name and a value for each fact",
+                hint="plant fewer facts, or allow more names or digits",
             )
-        if self.digits < 1 or not 1 <= self.copy_words <= self.names or not 0 <= self.copy_share <= 1:
+        if self.digits < 1 or self.copy_words < 1 or not 0 <= self.copy_share <= 1:
             raise ConfigError("digits and copy_words must be at least 1, copy_share 0 to 1", hint="change them")
 
     def training_row(self, number: int, length: int) -> dict[str, Any]:
         """A row of kind `messages` of at most `length`: facts that are asked for, or a string to copy."""
         rng = random.Random(derive_seed(self.seed, "needle row", number, length))
         if rng.random() < self.copy_share:
-            string, turn = self._copy(rng)
-            turns, planted = [turn], [(rng.random(), f"\n{string}\n")]
-        else:
-            facts = self._facts(rng)
-            turns = [self._turn(*fact) for fact in rng.sample(facts, self.questions)]
-            planted = [(rng.random(), self._fact(*fact)) for fact in facts]
+            return {"messages": self._copy(rng, length)}
+        facts = self._facts(rng)
+        asked = rng.choices(facts, k=self.questions)  # with repetition: without, the last one follows from the others
+        turns = [self._turn(*fact) for fact in asked]
+        planted = [(rng.random(), self._fact(*fact)) for fact in facts]
         return {"messages": self._conversation(rng, length, planted, turns)}
 
     def test_row(self, number: int, length: int, depth: float) -> dict[str, Any]:
@@ -136,14 +139,40 @@ class Needles:
         row = {"id": f"{length}-{depth:g}-{number}", "prompt": messages[0]["content"], "answer": value}
         return {**row, "kind": "exact", "metadata": metadata}
 
-    def _copy(self, rng: random.Random) -> tuple[str, tuple[str, str]]:
-        """A string of names, half of them with values, and the question and reply that go on from a name of its first
-        half: long replies are practice in looking back at nearly every token."""
-        chosen, first = rng.sample(names(self.names), self.copy_words), rng.randrange(2)
-        values = [self._value(rng.randrange(10**self.digits)) if n % 2 == first else "" for n in range(len(chosen))]
-        pieces = [f" {name}{value}" for name, value in zip(chosen, values, strict=True)]
-        start = rng.randrange(max(1, self.copy_words // 2))
-        return "".join(pieces), (COPY_QUESTION.format(name=chosen[start]), "".join(pieces[start:]))
+    def _copy(self, rng: random.Random, length: int) -> list[dict[str, str]]:
+        """A string, and a reply that goes on from one of its parts for as long as there is room."""
+        parts = self._nonsense(rng, rng.randint(min(SHORTEST_COPY, self.copy_words), self.copy_words))
+        start, reply = rng.randrange(len(parts)), list[str]()
+        asked = f"{''.join(parts)}\n{COPY_QUESTION.format(part=parts[start].strip())}"
+
+        def messages() -> list[dict[str, str]]:
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": "".join(reply)}]
+
+        room = length - conversation_size(messages(), self.size)
+        sizes = {part: max(1, self.size(part)) for part in parts}
+        for part in itertools.islice(itertools.cycle(parts), start, None):
+            room -= sizes[part]
+            if room < 0:
+                break
+            reply.append(part)
+        while reply and conversation_size(messages(), self.size) > length:
+            reply.pop()  # parts may be longer together than they are alone
+        if not reply:
+            raise ConfigError(
+                f"length: got {length}, but a string to copy alone needs as much",
+                hint="make rows longer, or copy_words fewer",
+            )
+        return messages()
+
+    def _nonsense(self, rng: random.Random, count: int) -> list[str]:
+        """Names and values at random, each of which may come again; no value stands after another, or begins."""
+        parts = list[str]()
+        for _ in range(count):
+            if parts and parts[-1][0] == " " and rng.random() < VALUE_SHARE:
+                parts.append(self._value(rng.randrange(10**self.digits)))
+            else:
+                parts.append(f" {rng.choice(names(self.names))}")
+        return parts
 
     def _value(self, number: int) -> str:
         return str(number).zfill(self.digits)

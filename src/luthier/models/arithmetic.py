@@ -13,6 +13,7 @@ from luthier.core.errors import ConfigError, did_you_mean
 
 SIZES: dict[str, dict[str, int]] = {
     # The MLP is 2.7 times the width as in the paper, rounded to a multiple of 32. Parameters without the vocabulary:
+    "pico": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},  # 0.40 M
     "nano": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},  # 0.80 M
     "tiny": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6},  # 2.66 M
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4},  # 6.43 M

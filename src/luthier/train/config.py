@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 from luthier.core.checks import above, at_least, between
 from luthier.core.errors import ConfigError
 
-Size = Literal["nano", "tiny", "small", "3b"]
+Size = Literal["pico", "nano", "tiny", "small", "3b"]
 
 # The one dial. Wider models want smaller learning rates. The laptop sizes see about 3 M tokens, five to six passes over
 # the default corpus (more of them overfit it); their batch and length fill two cores. `3b` is the paper's stage 1.
 _LAPTOP = {"sequence_length": 256, "batch_size": 16, "micro_batch_size": 8, "warmup_steps": 50}
 SIZE_PRESETS: dict[str, dict[str, Any]] = {
+    "pico": {**_LAPTOP, "batch_size": 8, "learning_rate": 4e-3, "steps": 1500},
     "nano": {**_LAPTOP, "batch_size": 8, "learning_rate": 4e-3, "steps": 1500},
     "tiny": {**_LAPTOP, "learning_rate": 3e-3, "steps": 700},
     "small": {**_LAPTOP, "learning_rate": 2e-3, "steps": 700},
@@ -28,7 +29,7 @@ SIZE_PRESETS: dict[str, dict[str, Any]] = {
         "steps": 969_171,
     },
 }
-VOCABULARIES: dict[Size, int] = {"nano": 2048, "tiny": 4096, "small": 4096, "3b": 50304}
+VOCABULARIES: dict[Size, int] = {"pico": 2048, "nano": 2048, "tiny": 4096, "small": 4096, "3b": 50304}
 """Rows of the embedding that go with each size."""
 USUAL: Size = "tiny"
 """The size of a run that begins with random weights, where none is said."""
