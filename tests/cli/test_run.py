@@ -77,7 +77,7 @@ def test_set_changes_a_setting(tmp_path: Path) -> None:
         ("- pretrain python: {}", "no stage is called that"),
         ("- pretrain: {stesp: 3}", r"pretrain\.stesp: no such setting \(did you mean 'steps'\?\)"),
         ("- pretrain: {steps: x}", r"pretrain\.steps: got str 'x', expected int"),
-        ("- pretrain: {size: x}", r"pretrain\.size: got 'x', expected one of nano"),
+        ("- pretrain: {size: x}", r"pretrain\.size: got 'x', expected one of pico"),
         ("- pretrain: {steps: 3, steps: 4}", "'steps' is there twice"),
         ("- eval: {}", r"eval\.model: required"),
         ("- eval: {model: '@pretrain/model'}\n- pretrain: {}", "points to 'pretrain', which is no earlier stage"),

@@ -99,7 +99,7 @@ def test_a_config_file_that_is_wrong(luthier: Command, tmp_path: Path, content: 
         (["--steps", "many"], "--steps: got 'many', expected int"),
         (["--betas", "0.9"], "--betas: got '0.9', expected float float"),
         (["--schedule", "cosin"], "(did you mean 'cosine'?)"),
-        (["--size", "huge"], "size: got 'huge', expected one of nano, tiny, small, 3b"),
+        (["--size", "huge"], "size: got 'huge', expected one of pico, nano, tiny, small, 3b"),
         (["--stesp", "4"], "(did you mean '--steps'?)"),
         (["--steps", "0"], "steps: got 0, expected more than 0"),
         (["--held-out", "2"], "held_out: got 2.0, expected 0 to 1"),
