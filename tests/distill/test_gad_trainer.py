@@ -369,3 +369,11 @@ def test_further_rewards_are_added(make_trainer, duel_rows):
     trainer = make_trainer(trainer={"reward_funcs": [shortness]}, reward_weights=[1.0, 0.5])
     rollout(trainer, duel_rows[:2])
     assert "rewards/shortness/mean" in trainer._metrics["train"]
+
+
+def test_an_evaluation_with_one_sample_a_prompt_has_no_groups_to_leave_out(make_trainer, duel_rows):
+    trainer = make_trainer(num_generations_eval=1, min_group_std=1e9)  # leaves out every group it looks at
+    assert rollout(trainer, duel_rows[:2])["advantages"].abs().sum() == 0
+    trainer.model.eval()
+    trainer._generate_and_score_completions(duel_rows[:2])
+    assert trainer._informative is None

@@ -146,6 +146,7 @@ class GADTrainer(GRPOTrainer):
         self._teacher_texts = [self._teacher_text(row) for row in inputs]  # TRL keeps some columns from rewards
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         assert self._duels is not None
+        self._informative = None  # those of an earlier rollout are not these
         if self._group_size > 1:
             rewards = self._shape_rewards(rewards, gather(self._duels.student_lengths), self._group_size)
         return rewards
