@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,19 @@ def test_files_and_functions_stay_short(file: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("extra", ["torch", "train", "reason"])
+def test_what_grades_answers_is_installed_wherever_something_asks_it_to(extra: str) -> None:
+    """The worker that compares by algebra is started by its file name, and needed only by some answers of a run."""
+    extras = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    waiting, found = [extra], set[str]()
+    while waiting:
+        for requirement in extras[waiting.pop()]:
+            name, _, inside = re.match(r"([\w-]+)(\[(.*)\])?", requirement).groups()
+            found.add(name)
+            waiting += inside.split(",") if inside else []
+    assert "math-verify" in found
 
 
 def test_no_file_is_named_after_nothing() -> None:
