@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +102,27 @@ def luthier_without_torch() -> Callable[..., Outcome]:
         command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True)
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """`on_two_ranks([…], […])` runs commands one after the other on two ranks on the CPU; see two_ranks.py."""
+
+    def run(*commands: list[str]) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        (folder / "commands.json").write_text(json.dumps(commands))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        script = Path(__file__).with_name("two_ranks.py")
+        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command = [*torchrun, str(script), str(folder / "commands.json")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=hidden)
+        assert done.returncode == 0, done.stdout + done.stderr
+        first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+        assert [part["code"] for part in first] == [part["code"] for part in second]
+        assert [part["held"] for part in first] == [part["held"] for part in second]
+        return first
 
     return run
 

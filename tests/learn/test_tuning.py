@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from luthier.cli.main import main
+from luthier.core.console import Console
 from luthier.core.errors import ConfigError
 from luthier.data.tokenizer import train_bpe
-from luthier.learn.tuning import newest_checkpoint, remove_cut_short
+from luthier.learn.parallel import Ranks
+from luthier.learn.tuning import Watch, newest_checkpoint, remove_cut_short
+from luthier.learn.tuning import arguments as trl_arguments
 from luthier.learn.tuning_config import TuningConfig
 from luthier.models.initialization import initialize
 from luthier.models.instella import InstellaForCausalLM
 from luthier.models.instella_config import InstellaConfig
-from luthier.models.load import save_pretrained
+from luthier.models.load import load_pretrained, save_pretrained
 
 SETTINGS = {
     "batch-size": 4,
@@ -55,7 +59,7 @@ def given(tmp_path_factory) -> dict[str, Path]:
 def arguments(given: dict[str, Path], out: Path, **changes: object) -> list[str]:
     settings = {**SETTINGS, **given, "out": out, **{k.replace("_", "-"): v for k, v in changes.items()}}
     flags = [f"--{key}" for key, value in settings.items() if value is True]
-    pairs = [part for k, v in settings.items() if v is not True for part in (f"--{k}", str(v))]
+    pairs = [part for k, v in settings.items() if not isinstance(v, bool) for part in (f"--{k}", str(v))]
     return ["sft", *pairs, *flags]
 
 
@@ -113,9 +117,25 @@ def test_the_micro_batch_changes_nothing(given, straight, tmp_path):
     assert_same(straight, tmp_path / "run", tolerance=1e-5)
 
 
-def test_sharding_is_refused_where_accelerate_would_not_shard(given, tmp_path, capsys):
-    assert main(arguments(given, tmp_path / "run", shard=True, device="cpu")) == 2
-    assert "GPUs only" in capsys.readouterr().err
+def test_sharding_on_the_cpu_beside_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    config = TuningConfig(out=tmp_path, model="m", shard=True)
+    with pytest.raises(ConfigError, match="shard"):
+        trl_arguments(TrainingArguments, config, Ranks(world_size=2))
+
+
+def test_a_model_that_should_be_divided_and_is_not_stops_the_run(tmp_path):
+    config = TuningConfig(out=tmp_path, model="m", shard=True)
+    watch = Watch(config, None, Ranks(world_size=2), Console())
+    with pytest.raises(ConfigError, match="shard"):
+        watch.on_train_begin(None, TrainerState(), TrainerControl(), model=torch.nn.Linear(2, 2))
+
+
+def test_a_sharded_training_state_does_not_fit_one_rank(given, tmp_path, capsys):
+    assert main(arguments(given, tmp_path / "run", stop_after=1)) == 130
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "pytorch_model_fsdp.bin").touch()
+    assert main(arguments(given, tmp_path / "run", shard=True)) == 2
+    assert "two ranks or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -128,6 +148,42 @@ def test_two_ranks_train_as_one(given, straight, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert_same(straight, out, tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shared(given, tmp_path_factory, on_two_ranks) -> Path:
+    """Two ranks that share a model: straight, resumed, with adapters; and a run begun without that cannot go on so."""
+    out = tmp_path_factory.mktemp("shared")
+    stopped, whole = {"stop_after": 2}, {"stop_after": 1, "shard": False}
+    runs = [
+        ("straight", {}),
+        *(("resumed", changes) for changes in (stopped, {})),
+        ("adapters", {"lora_rank": 2}),
+        *(("whole", changes) for changes in (whole, {})),
+    ]
+    commands = [arguments(given, out / name, **{"shard": True, **changes}) for name, changes in runs]
+    found = on_two_ranks(*commands)
+    assert [part["code"] for part in found] == [0, 130, 0, 0, 130, 2], [part["said"] for part in found]
+    assert [part["held"] for part in found] == [[[0.5, 0.5]], [], [[0.5, 0.5]], [[0.5, 0.5]], [], []]
+    assert "written without shard" in found[-1]["said"]
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["straight", "adapters"])
+def test_two_ranks_that_share_a_model_train_as_one(given, straight, shared, tmp_path, name):
+    if name == "adapters":
+        straight = tmp_path / "run"
+        assert main(arguments(given, straight, lora_rank=2)) == 0
+    assert_same(straight, shared / name, tolerance=1e-5)
+    loaded = load_pretrained(shared / name / "model").state_dict()
+    assert all(torch.equal(loaded[key], weight) for key, weight in weights(shared / name).items())
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_to_the_same_weights(shared):
+    assert_same(shared / "straight", shared / "resumed")
+    assert losses(shared / "straight") == losses(shared / "resumed")
 
 
 def test_adapters_are_merged(given, tmp_path):

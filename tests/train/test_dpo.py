@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -266,20 +263,21 @@ def test_adapters_are_merged(given, tmp_path):
     assert metrics(tmp_path / "run", "train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def two_ranks(given, tmp_path_factory, on_two_ranks) -> Path:
+    """The run on two ranks: each with the whole model, and each with half of it."""
+    out = tmp_path_factory.mktemp("two")
+    found = on_two_ranks(arguments(given, out / "whole"), arguments(given, out / "half", shard=True))
+    assert [part["code"] for part in found] == [0, 0], [part["said"] for part in found]
+    assert [part["held"] for part in found] == [[[1.0, 1.0]], [[0.5, 0.5]]]
+    return out
+
+
 @pytest.mark.slow
-def test_two_ranks_train_as_one(given, straight, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "luthier"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments(given, tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert_same(straight, tmp_path / "run", tolerance=1e-5)
-    (ours,), (alone,) = metrics(tmp_path / "run", "eval"), metrics(straight, "eval")
+@pytest.mark.parametrize("held", ["whole", "half"])
+def test_two_ranks_train_as_one(straight, two_ranks, held):
+    assert_same(straight, two_ranks / held, tolerance=1e-5)
+    (ours,), (alone,) = metrics(two_ranks / held, "eval"), metrics(straight, "eval")
     assert ours["margin"] == pytest.approx(alone["margin"], abs=1e-5)
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -404,22 +401,26 @@ def test_adapters_are_merged_and_measured_on_the_way(given, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(given, tmp_path):
+def test_two_ranks_train_as_one(given, tmp_path, on_two_ranks):
+    """Those that share the model sample by TRL, other replies than one rank; they go on from where they stopped."""
     changes = {"micro_batch_size": 4, "held_out": 3}
+    rollouts = {"shard": True, "rollout_prompts": 8, **changes}
     assert main(arguments(given, tmp_path / "one", **changes)) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "luthier"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments(given, tmp_path / "two", **changes)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
+    found = on_two_ranks(
+        arguments(given, tmp_path / "whole", **changes),
+        arguments(given, tmp_path / "half", **rollouts),
+        arguments(given, tmp_path / "resumed", **rollouts, stop_after=1),
+        arguments(given, tmp_path / "resumed", **rollouts),
     )
-    assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["tables"] for name in ("one", "two"))
-    assert one == two
+    assert [part["code"] for part in found] == [0, 0, 130, 0], [part["said"] for part in found]
+    assert [part["held"] for part in found] == [[[1.0, 1.0]], [[0.5, 0.5]], [], [[0.5, 0.5]]]
+    assert_same(tmp_path / "one", tmp_path / "whole", tolerance=1e-5)
+    assert_same(tmp_path / "half", tmp_path / "resumed")
+    names = ("one", "whole", "half", "resumed")
+    one, whole, half, again = (json.loads((tmp_path / name / "summary.json").read_text())["tables"] for name in names)
+    assert one == whole
+    assert half == again
+    assert [row[1] for row in half[0]["rows"]] == [row[1] for row in one[0]["rows"]]  # before
 
 
 def test_a_dry_run_counts_questions(given, tmp_path, capsys):

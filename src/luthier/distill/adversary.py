@@ -201,8 +201,8 @@ class Adversary:
         try:
             state = read_json(folder / "state.json")
             self.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
-            optimizer = torch.load(folder / "optimizer.pt", map_location=self.accelerator.device, weights_only=True)
-            self.optimizer.load_state_dict(optimizer)
+            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(optimizer)  # puts it where the parameters are
         except (OSError, RuntimeError, ValueError, DataError) as error:
             raise CheckpointError(
                 f"{folder}: the discriminator of this checkpoint cannot be read ({str(error).splitlines()[0]})",

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
@@ -74,12 +77,13 @@ class Paced:
 def arguments(kind: type[TrainingArguments], config: TuningConfig, who: Ranks, **settings: Any) -> Any:
     """The arguments of a trainer: `kind` is TrainingArguments or one of TRL's, `settings` what is special to it.
 
-    Raises: ConfigError when the batch cannot be divided among the ranks, and for sharding on a CPU.
+    Raises: ConfigError when the batch cannot be divided among the ranks, and for sharding on the CPU beside a GPU.
     """
-    if config.shard and who.device.type == "cpu":
+    sharded, on_cpu = config.shard and who.world_size > 1, who.device.type == "cpu"
+    if sharded and on_cpu and torch.accelerator.is_available():
         raise ConfigError(
-            "shard: accelerate divides models among GPUs only, and this device is a CPU",
-            hint="leave shard out: every rank then holds the whole model",
+            "shard: got device cpu, but torch divides models among this machine's GPUs",
+            hint="leave device out, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
         )
     size = min(config.micro_batch_size, max(1, config.batch_size // who.world_size))
     if config.batch_size % (size * who.world_size):
@@ -103,7 +107,7 @@ def arguments(kind: type[TrainingArguments], config: TuningConfig, who: Ranks, *
         "seed": config.seed,
         "data_seed": config.seed,
         "bf16": bf16,
-        "use_cpu": who.device.type == "cpu",
+        "use_cpu": on_cpu,
         "activation_checkpointing": config.activation_checkpointing,
         "logging_steps": config.log_every,
         "logging_first_step": True,
@@ -113,11 +117,25 @@ def arguments(kind: type[TrainingArguments], config: TuningConfig, who: Ranks, *
         "eval_steps": config.eval_every or None,
         "report_to": [],
         "disable_tqdm": True,
-        "dataloader_pin_memory": who.device.type != "cpu",
+        "dataloader_pin_memory": not on_cpu,
     }
-    if config.shard and who.world_size > 1:
+    if sharded:
         given |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    return kind(**{**given, **settings})
+    made = kind(**{**given, **settings})
+    if sharded and on_cpu:
+        _let_cpus_share(made)
+    return made
+
+
+def _let_cpus_share(made: TrainingArguments) -> None:
+    """Have accelerate divide the model among ranks on CPUs, which it does where it sees several GPUs only.
+
+    A departure from how it is meant to be used: `AcceleratorState` drops the FSDP plan of ranks that are MULTI_CPU, and
+    no setting says otherwise. From the type MULTI_GPU it makes FSDP; the device and the process group were chosen
+    before and stay. Each `TrainingArguments` begins anew. `Watch` checks that the model was divided.
+    """
+    state: Any = made.distributed_state
+    state.distributed_type = DistributedType.MULTI_GPU
 
 
 def lora(model: PreTrainedModel, config: TuningConfig) -> Any:
@@ -153,6 +171,8 @@ def fit(
     """Train, resuming from the newest whole checkpoint; Ctrl-C and SIGTERM save and stop. All ranks call it.
 
     loss: what the rows of metrics.jsonl call it; `loss` alone is shown in nats per token.
+
+    Raises: ConfigError for a checkpoint of a sharded run in one that is not, and the other way round.
     """
     folder = Path(str(trainer.args.output_dir))
     with who.main_first():
@@ -160,6 +180,7 @@ def fit(
             remove_cut_short(folder)
     last = newest_checkpoint(folder)
     if last is not None:
+        _check_layout(last, sharded=config.shard and who.world_size > 1)
         console.status(f"resuming at step {step_of(last)}")
     if run is not None:
         run.rewind(step_of(last) if last else 0)
@@ -180,7 +201,8 @@ def final_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-        return {name: weight.detach() for name, weight in model.state_dict().items()}
+        merged = {name: weight.detach() for name, weight in model.state_dict().items()}
+        return {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in merged.items()}
     weights: Mapping[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model)
     return {name.removeprefix("module."): weight for name, weight in (weights or {}).items()}
 
@@ -189,6 +211,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: its trainer_state.json is written last."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     return max(whole, key=step_of, default=None)
+
+
+def _check_layout(checkpoint: Path, *, sharded: bool) -> None:
+    """ConfigError where the trainer would look for other files than the checkpoint has."""
+    written = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()
+    if written and not sharded:
+        raise ConfigError(
+            f"{checkpoint}: written with shard, and this run divides nothing",
+            hint="resume with shard, on two ranks or more",
+        )
+    if sharded and not written:
+        raise ConfigError(
+            f"{checkpoint}: written without shard, and this run divides the model",
+            hint="resume without shard, on any number of ranks",
+        )
 
 
 def remove_cut_short(folder: Path) -> None:
@@ -225,7 +262,13 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock and the bar."""
+        """Start the clock and the bar. Raises: ConfigError when the model was to be divided, and is not."""
+        whole = not any(isinstance(parameter, DTensor) for parameter in kwargs["model"].parameters())
+        if self.config.shard and self.who.world_size > 1 and whole:
+            raise ConfigError(
+                "shard: expected a part of the model on each rank, but accelerate left the whole",
+                hint="install another version of accelerate, or leave shard out",
+            )
         self._began, self._first = time.perf_counter(), state.global_step
         bar = self.console.progress(state.max_steps, "training", done=state.global_step)
         self._advance = self._bars.enter_context(bar)

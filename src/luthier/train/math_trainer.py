@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
@@ -202,7 +203,8 @@ class MathTrainer(Paced, GRPOTrainer):
                 f"{checkpoint}: it lies between the updates of a rollout of another number of ranks",
                 hint="resume with as many ranks as before",
             )
-        self._rollout = torch.load(file, weights_only=True, map_location=self.accelerator.device)
+        rollout = torch.load(file, weights_only=True, map_location="cpu")  # it knows no cpu:0, the device of CPU ranks
+        self._rollout = send_to_device(rollout, self.accelerator.device)
 
 
 class EvaluateEvery(TrainerCallback):
