@@ -8,11 +8,13 @@ from typing import Any
 
 def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Callable[..., Any], tmp_path: Path) -> None:
     command = ("problems", "--lessons", 60, "--test", 3, "--test-lengths", 2, 5, "--lengths", 1, 3)
+    command += ("--strings", 7, "--longest-string", 4)
     outcome = luthier(*command, "--out", tmp_path / "p", "--json")
     assert outcome.code == 0, outcome.err
     files = json.loads(outcome.out)
     assert {name: file["rows"] for name, file in files.items()} == {
         "lessons.jsonl": 60,
+        "strings.jsonl": 7,
         "test-2.jsonl": 3,
         "test-5.jsonl": 3,
         "held-out-2.jsonl": 3,
@@ -38,3 +40,4 @@ def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Calla
 
 def test_bad_settings_are_named(luthier: Callable[..., Any], tmp_path: Path) -> None:
     assert luthier("problems", "--lengths", 5, 2, "--out", tmp_path).error.startswith("lengths: got (5, 2)")
+    assert luthier("problems", "--longest-string", 1, "--out", tmp_path).error.startswith("longest_string: got 1")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from luthier.data.problems import is_held_out
-from luthier.reason.lessons import Lessons
+from luthier.reason.lessons import Lessons, strings
 from luthier.reason.replies import read_steps
 from luthier.tasks.answers import extract_answer
 
@@ -53,7 +53,6 @@ def test_all_kinds_are_taught_and_equal_settings_give_equal_lessons() -> None:
         "confidence",
         "drill",
         "find",
-        "copy",
     }
     assert list(LESSONS.rows()) == ROWS
 
@@ -141,8 +140,24 @@ def test_nothing_held_out_is_ever_shown() -> None:
     assert shown > 1000
 
 
-def test_what_is_copied_stands_in_the_string() -> None:
-    for asked, reply, _ in rows("copy"):
-        text, first, _ = asked.split("\n")
-        assert first + reply in text
-        assert not re.search(r"(?<!=)[a-z]{2}", text)  # two names in a row would be one token
+TOKEN = re.compile(r"[-+*]\d+|=?[a-z]")
+
+
+@pytest.mark.parametrize("longest", [2, 4, 90])
+def test_a_string_is_said_again_from_one_of_its_tokens_on(longest: int) -> None:
+    lengths, starts = set(), set()
+    for row in strings(400, longest, 31, seed=0):
+        lines = row["text"].split("\n")
+        assert len(lines) == 6
+        for said, again in zip(lines[::2], lines[1::2], strict=True):
+            tokens = TOKEN.findall(said)
+            assert "".join(tokens) == said
+            assert said.endswith(again)
+            assert len(TOKEN.findall(again)) > 1
+            assert len(set(tokens)) == len(tokens)  # else what stands after one would not be known
+            assert not re.search(r"(?<!=)[a-z]{2}", said)  # two names in a row would be one token
+            lengths.add(len(tokens))
+            starts.add(len(tokens) - len(TOKEN.findall(again)))
+    assert min(lengths) == 2
+    assert longest - 5 < max(lengths) <= longest
+    assert len(starts) > longest / 2 - 1  # places cannot be counted

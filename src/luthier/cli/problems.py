@@ -15,23 +15,27 @@ from luthier.core.files import atomic_folder, write_jsonl
 from luthier.core.run import RunFolder
 from luthier.core.seeds import derive_seed
 from luthier.data.problems import Form, Split, draw_program, problem_row
-from luthier.reason.lessons import Kind, Lessons
+from luthier.reason.lessons import SHORTEST_STRING, Kind, Lessons, strings
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemsConfig:
     """Make problems of graded length, such as f+5=b;f=17;b?, and conversations that teach how to solve and check them.
 
-    Writes lessons.jsonl (kind messages), test-N.jsonl and held-out-N.jsonl for each length N (kind answer), and
-    tokenizer/, in which numbers, names and signs with the number after them are tokens of their own.
+    Writes lessons.jsonl (kind messages), test-N.jsonl and held-out-N.jsonl for each length N (kind answer), tokenizer/,
+    in which numbers, names and signs with the number after them are tokens of their own, and strings.jsonl (kind text).
     """
 
     out: Path = Path("runs/problems")
     """Folder for the files."""
     lessons: int = 60_000
     """Conversations."""
+    strings: int = 0
+    """Rows of strings without sense, each said twice: what a small model learns before any lesson, short ones first."""
+    longest_string: int = 16
+    """Tokens of the longest string."""
     only: tuple[Kind, ...] = ()
-    """Kinds of lessons; empty: all. A small model learns to copy and to find first, on short strings."""
+    """Kinds of lessons; empty: all. A small model learns to find first."""
     lengths: tuple[int, int] = (1, 10)
     """Shortest and longest problem in the lessons, in operations."""
     test: int = 400
@@ -54,8 +58,12 @@ class ProblemsConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.lengths[0] <= self.lengths[1]:
             raise ConfigError(f"lengths: got {self.lengths}, expected the shortest and the longest", hint="1 10")
-        if self.lessons < 0 or self.test < 0:
-            raise ConfigError("lessons and test must not be negative", hint="0 makes none")
+        if min(self.lessons, self.strings, self.test) < 0:
+            raise ConfigError("lessons, strings and test must not be negative", hint="0 makes none")
+        if self.longest_string < SHORTEST_STRING:
+            raise ConfigError(
+                f"longest_string: got {self.longest_string}, expected {SHORTEST_STRING} or more", hint="16"
+            )
         if not 0 <= self.share < 1:
             raise ConfigError(f"share: got {self.share}, expected 0 to less than 1", hint="0.03 is usual")
 
@@ -81,6 +89,9 @@ def run(config: ProblemsConfig, console: Console) -> None:
                 if len(rows) % 1000 == 0:
                     advance(1000)
         written = {"lessons.jsonl": write_jsonl(folder.path / "lessons.jsonl", rows)}
+        if config.strings:
+            said = strings(config.strings, config.longest_string, config.modulus, config.seed)
+            written["strings.jsonl"] = write_jsonl(folder.path / "strings.jsonl", said)
         splits: list[Split] = ["test", "held-out"] if config.share else ["test"]
         for split in splits:
             for length in config.test_lengths:

@@ -7,9 +7,10 @@ comparing answers. Only the last reply is learned: a solution with a mistake in 
 Five things decide how soon a small model learns any of this. A line is the statement as the problem has it, then the
 same with numbers (`f+5=b:17+5=22`), so that each token follows from one other place. Short problems are common: on them
 it learns to copy. Statements are in no order, among others that nothing follows from: otherwise the model counts places
-in place of looking for names, and fails on problems longer than it has seen. Strings are copied after a gap: finding
-the statement that begins with a name takes two layers that work together, and they form where nearly every token
-depends on them. And plain calculations are drilled: in solutions only one token in twenty is the result of one.
+in place of looking for names, and fails on problems longer than it has seen. Before all lessons come strings without
+sense (`strings`), short ones first: finding the statement that begins with a name takes two layers that work together,
+the first of which helps nothing alone; they form where little else is to be seen. And plain calculations are drilled:
+in solutions only one token in twenty is the result of one.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from luthier.reason.prompts import SHORT, Finding, Step
 
 Values = Mapping[str, int]
 Row = dict[str, Any]
-Kind = Literal["solve", "step", "decompose", "refine", "judge", "rewrite", "confidence", "drill", "find", "copy"]
+Kind = Literal["solve", "step", "decompose", "refine", "judge", "rewrite", "confidence", "drill", "find"]
 FOUND = 8
 """Names in one search."""
 DRILLED = 12
 """Calculations in one drill."""
-SHORTEST_COPY = 8
-"""Tokens of a string to copy."""
+SHORTEST_STRING = 2
+"""Tokens of a string."""
+STRINGS = 3
+"""Strings of a row: what others say keeps from guessing among what is left of one."""
 PER_OPERATION = 3
 """Statements among which names are looked up, for each operation of the longest problem."""
 
@@ -55,7 +58,7 @@ class Lessons:
     """Most statements of a problem that nothing follows from."""
     seed: int = 0
     only: tuple[Kind, ...] = ()
-    """Kinds of lessons; empty: all. Copying and finding come first in a model's life: the others need them."""
+    """Kinds of lessons; empty: all. Finding comes first in a model's life: the others need it."""
     solve: float = 0.34
     """Relative frequency of each kind of lesson."""
     step: float = 0.2
@@ -66,7 +69,6 @@ class Lessons:
     confidence: float = 0.02
     drill: float = 0.12
     find: float = 0.2
-    copy: float = 0.15
     false_hints: float = 0.15
     """Share of doubts about a step that is right."""
 
@@ -74,7 +76,6 @@ class Lessons:
         """The lessons, as rows of kind `messages`."""
         kinds = {"solve": _solve, "step": _step, "decompose": _decompose, "refine": _refine, "judge": _judge}
         kinds |= {"rewrite": _rewrite, "confidence": _confidence, "drill": _drill, "find": _find}
-        kinds |= {"copy": _copy}
         weights = [getattr(self, name) * (not self.only or name in self.only) for name in kinds]
         for number in range(self.count):
             seed = derive_seed(self.seed, "lesson", number)
@@ -207,26 +208,6 @@ def _find(lessons: Lessons, rng: random.Random, program: Program) -> list[Messag
     return [{"role": "user", "content": f"{';'.join(statements)}\n{';'.join(asked)}\nFind."}, reply]
 
 
-def _copy(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
-    """A string of tokens without order or sense to continue after a gap: only what stood after the last one tells."""
-    most = 4 * lessons.most_statements
-    copied, others = (_nonsense(lessons, rng, rng.randint(low, most)) for low in (SHORTEST_COPY, 0))
-    place = rng.randint(0, len(others))
-    text = "".join([*others[:place], *copied, *others[place:]])
-    return [{"role": "user", "content": f"{text}\n{copied[0]}\nCopy."}, _reply("".join(copied[1:]))]
-
-
-def _nonsense(lessons: Lessons, rng: random.Random, count: int) -> list[str]:
-    """Names, operations and results at random, each a token; no name after another, and none at the ends."""
-    pieces: list[str] = []
-    for number in range(count):
-        apart = number in (0, count - 1) or (pieces and pieces[-1].isalpha())
-        name, operation = rng.choice(string.ascii_lowercase), rng.choice(OPERATIONS)
-        kinds = [f"{operation}{rng.randrange(2, lessons.modulus)}", f"={name}", name]
-        pieces.append(rng.choice(kinds[:2] if apart else kinds))
-    return pieces
-
-
 def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Message]:
     """Calculations such as those that the steps of a problem need, one a line."""
     given: list[str] = []
@@ -237,6 +218,36 @@ def _drill(lessons: Lessons, rng: random.Random, program: Program) -> list[Messa
             given.append(f"{left}{sign}{right}")
             results.append(f"{given[-1]}={calculate(sign, left, right, program.modulus)}")
     return [{"role": "user", "content": f"{';'.join(given)}\nCalculate."}, _reply("\n".join(results))]
+
+
+def strings(count: int, longest: int, modulus: int, seed: int) -> Iterator[Row]:
+    """Rows of kind `text`, three times: up to `longest` tokens without sense, then the same again from one of them on.
+
+    Only what stood after a token tells what comes next. All tokens of a string differ: of one that comes twice, what
+    stands after it would not be known.
+    """
+    for number in range(count):
+        rng = random.Random(derive_seed(seed, "strings", longest, number))
+        lines: list[str] = []
+        for _ in range(STRINGS):
+            tokens = _nonsense(modulus, rng, rng.randint(SHORTEST_STRING, longest))
+            lines += ["".join(tokens), "".join(tokens[rng.randrange(len(tokens) - 1) :])]
+        yield {"text": "\n".join(lines)}
+
+
+def _nonsense(modulus: int, rng: random.Random, count: int) -> list[str]:
+    """Up to `count` names, operations and results, each a token; no name after another, and none at the ends."""
+    names = list(string.ascii_lowercase)
+    others = [f"{sign}{number}" for sign in OPERATIONS for number in range(2, modulus)]
+    others += [f"={name}" for name in names]
+    start, *rest, end = rng.sample(others, len(others))
+    drawn = rng.sample([*rest, *names], min(count - 2, len(rest) + len(names)))
+    tokens = [start, *(token for token in drawn if not token.isalpha()), end]
+    between = [token for token in drawn if token.isalpha()][: len(tokens) - 1]
+    places = sorted(rng.sample(range(1, len(tokens)), len(between)), reverse=True)
+    for place, name in zip(places, between, strict=True):
+        tokens.insert(place, name)
+    return tokens
 
 
 def _reply(text: str) -> Message:
