@@ -14,7 +14,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from luthier.cli.main import main
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError
-from luthier.data.tokenizer import train_bpe
+from luthier.data.replies import learned_rows
+from luthier.data.row_source import open_rows, split_rows
+from luthier.data.shards import IGNORED
+from luthier.data.tokenizer import load_tokenizer, train_bpe
 from luthier.learn.parallel import Ranks
 from luthier.learn.tuning import Watch, newest_checkpoint, remove_cut_short
 from luthier.learn.tuning import arguments as trl_arguments
@@ -138,6 +141,22 @@ def test_a_sharded_training_state_does_not_fit_one_rank(given, tmp_path, capsys)
     assert "two ranks or more" in capsys.readouterr().err
 
 
+def test_the_held_out_loss_is_that_of_each_learned_token(given, straight):
+    """Not a mean over batches, which differ in how much there is to learn."""
+    model, tokenizer = load_pretrained(straight / "model"), load_tokenizer(straight / "model")
+    _, held_out = split_rows(open_rows([str(given["data"])], ["messages"]), SETTINGS["held-out"], TuningConfig.seed)
+    nats, tokens = 0.0, []
+    rows, _ = learned_rows(tokenizer, held_out.rows, 64, "rows")
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"][1:])
+        nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        tokens.append(int((targets != IGNORED).sum()))
+    assert len(set(tokens)) > 1
+    assert losses(straight, "eval")[-1] == pytest.approx(nats / sum(tokens), abs=1e-5)
+
+
 @pytest.mark.slow
 def test_two_ranks_train_as_one(given, straight, tmp_path):
     out = tmp_path / "run"
@@ -148,6 +167,7 @@ def test_two_ranks_train_as_one(given, straight, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert_same(straight, out, tolerance=1e-5)
+    assert losses(out, "eval") == pytest.approx(losses(straight, "eval"), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +196,7 @@ def test_two_ranks_that_share_a_model_train_as_one(given, straight, shared, tmp_
         straight = tmp_path / "run"
         assert main(arguments(given, straight, lora_rank=2)) == 0
     assert_same(straight, shared / name, tolerance=1e-5)
+    assert losses(shared / name, "eval") == pytest.approx(losses(straight, "eval"), abs=1e-5)
     loaded = load_pretrained(shared / name / "model").state_dict()
     assert all(torch.equal(loaded[key], weight) for key, weight in weights(shared / name).items())
 

@@ -253,6 +253,8 @@ def test_another_model_in_the_same_folder_is_another_reference(given, tmp_path):
 def test_the_micro_batch_changes_nothing(given, straight, tmp_path):
     assert main(arguments(given, tmp_path / "run", micro_batch_size=4)) == 0
     assert_same(straight, tmp_path / "run", tolerance=1e-5)
+    (ours,), (theirs,) = metrics(tmp_path / "run", "eval"), metrics(straight, "eval")
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_adapters_are_merged(given, tmp_path):
@@ -278,7 +280,8 @@ def two_ranks(given, tmp_path_factory, on_two_ranks) -> Path:
 def test_two_ranks_train_as_one(straight, two_ranks, held):
     assert_same(straight, two_ranks / held, tolerance=1e-5)
     (ours,), (alone,) = metrics(two_ranks / held, "eval"), metrics(straight, "eval")
-    assert ours["margin"] == pytest.approx(alone["margin"], abs=1e-5)
+    for name in ("loss", "margin"):
+        assert ours[name] == pytest.approx(alone[name], abs=1e-5)
 
 
 def test_a_dry_run_counts_pairs_and_tokens(given, tmp_path, capsys):

@@ -34,6 +34,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from luthier.core.console import Advance, Console
@@ -68,6 +69,19 @@ class Paced:
         trainer: Any = self
         trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, factor)
         return trainer.lr_scheduler
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The trainer's, with the loss that `compute_metrics` calls `held_out_loss` where it gives one.
+
+        The trainer's own is a mean over batches, in which a short one counts as much as a full one, and in which ranks
+        repeat rows to fill theirs.
+        """
+        trainer: Any = super()
+        output: EvalLoopOutput = trainer.evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found: Any = output.metrics
+        if (exact := found.pop(f"{metric_key_prefix}_held_out_loss", None)) is not None:
+            found[f"{metric_key_prefix}_loss"] = exact
+        return output
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, norms included, as in the paper."""

@@ -104,10 +104,11 @@ class PairTrainer(Paced, DPOTrainer):
         return dpo_loss(margin, self.beta), numbers, numbers
 
 
-def held_out_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over held-out pairs of what `PairTrainer.prediction_step` returns for each."""
+def held_out_scores(prediction: EvalPrediction, beta: float) -> dict[str, float]:
+    """Means over held-out pairs of what `PairTrainer.prediction_step` returns for each, and the loss."""
     numbers = np.asarray(prediction.predictions)
     return {
+        "held_out_loss": dpo_loss(torch.from_numpy(numbers[:, 0]), beta).item(),
         "pair_accuracy": float((numbers[:, 0] > 0).mean()),
         "margin": float(numbers[:, 0].mean()),
         "preferred": float(numbers[:, 1].mean()),
@@ -147,7 +148,7 @@ def dpo(
             train_dataset=token_rows(list(rows)),
             eval_dataset=token_rows(list(held_out)) if held_out else None,
             processing_class=tokenizer,
-            compute_metrics=held_out_scores,
+            compute_metrics=partial(held_out_scores, beta=config.strength),
             peft_config=lora(model, config),
             pace=config,
             keep=partial(measured_once, who=who, run=run),

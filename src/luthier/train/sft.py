@@ -14,12 +14,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
 from luthier.core.console import Console
 from luthier.core.run import RunFolder
+from luthier.data.shards import IGNORED
 from luthier.learn.parallel import Ranks
 from luthier.learn.tuning import Paced, Tuned, arguments, fit, lora, quiet_libraries, token_rows
 from luthier.train.tuning_configs import SftConfig
@@ -29,6 +34,22 @@ TokenRow = dict[str, list[int]]
 
 class PacedSFTTrainer(Paced, SFTTrainer):
     """TRL's trainer at the paper's learning rates."""
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and for each row the summed loss of its learned tokens in nats and their number."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        targets = inputs["labels"][:, 1:]
+        losses = cross_entropy(output.logits[:, :-1].float().mT, targets, reduction="none")  # 0 where ignored
+        numbers = torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1)], dim=1)
+        return numbers[:, 0].sum() / numbers[:, 1].sum(), numbers, numbers
+
+
+def held_out_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """Nats per learned token over all held-out rows, from `PacedSFTTrainer.prediction_step`."""
+    nats, tokens = np.asarray(prediction.predictions, np.float64).sum(axis=0)
+    return {"held_out_loss": float(nats / tokens)}
 
 
 def sft(
@@ -59,6 +80,7 @@ def sft(
             train_dataset=token_rows(list(rows)),
             eval_dataset=token_rows(list(held_out)) if held_out else None,
             processing_class=tokenizer,
+            compute_metrics=held_out_loss,
             peft_config=lora(model, config),
             pace=config,
         )
