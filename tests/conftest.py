@@ -7,15 +7,14 @@ import io
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import Launcher, Outcome
 
 from luthier.cli.main import main
 
@@ -45,7 +44,6 @@ TINY = [
     "--sample-prompts",
 ]
 
-
 WITHOUT_TORCH = """
 import sys
 class Absent:
@@ -56,25 +54,6 @@ sys.meta_path.insert(0, Absent())
 from luthier.cli.main import main
 raise SystemExit(main(sys.argv[1:]))
 """
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The message of an error that was told in exactly two lines at the end, without a traceback."""
-        *before, message, hint = self.err.splitlines() or ["", ""]
-        assert "Traceback" not in self.err, self.err
-        assert re.match(r"luthier: \S", message), self.err
-        assert re.match(r"  hint: \S", hint), self.err
-        assert not any(line.startswith(("luthier:", "  hint:")) for line in before), self.err
-        return message.removeprefix("luthier: ")
 
 
 def run_command(*arguments: str | Path) -> Outcome:
@@ -107,18 +86,20 @@ def luthier_without_torch() -> Callable[..., Outcome]:
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    """Commands on several ranks."""
+    return Launcher(tmp_path_factory.mktemp("launches"))
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, launch: Launcher) -> Callable[..., list[dict[str, Any]]]:
     """`on_two_ranks([…], […])` runs commands one after the other on two ranks on the CPU; see two_ranks.py."""
 
     def run(*commands: list[str]) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
         (folder / "commands.json").write_text(json.dumps(commands))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-        script = Path(__file__).with_name("two_ranks.py")
-        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        command = [*torchrun, str(script), str(folder / "commands.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=hidden)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = launch(2, Path(__file__).with_name("two_ranks.py"), folder / "commands.json")
+        assert done.code == 0, done.out + done.err
         first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
         assert [part["code"] for part in first] == [part["code"] for part in second]
         assert [part["held"] for part in first] == [part["held"] for part in second]

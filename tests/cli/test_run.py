@@ -176,16 +176,16 @@ def test_a_changed_setting_is_refused_with_the_difference(luthier: Command, done
 
 
 @pytest.mark.slow
-def test_two_ranks_run_all_stages_and_one_of_them_writes(done: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "luthier", "run", str(done[0]), "--out", str(tmp_path / "two")]
-    ranks = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ranks.returncode == 0, ranks.stderr
+def test_two_ranks_run_all_stages_and_one_of_them_writes(
+    done: tuple[Path, Path], tmp_path: Path, launch: Callable[..., Any]
+) -> None:
+    ranks = launch(2, "-m", "luthier", "run", done[0], "--out", tmp_path / "two")
+    assert ranks.code == 0, ranks.err
     one, two = (
         json.loads((out / "02-eval" / "summary.json").read_text())["score"] for out in (done[1], tmp_path / "two")
     )
     assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-3)
-    assert ranks.stdout.count("report:") == 2  # the stage's and the recipe's, from the first rank alone
+    assert ranks.out.count("report:") == 2  # the stage's and the recipe's, from the first rank alone
 
 
 def test_a_folder_that_a_stage_reads_is_part_of_its_identity(tmp_path: Path) -> None:

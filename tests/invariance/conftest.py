@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def _option(key: str, value: object) -> list[str]:
 class Runs:
     """Training runs of the real command line, on one rank or several; `verb="extend"` for those of that verb."""
 
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self.corpus, self.folder = corpus, folder
+    def __init__(self, corpus: Path, folder: Path, launch: Callable[..., Any]) -> None:
+        self.corpus, self.folder, self._launch = corpus, folder, launch
 
     def arguments(self, name: str, verb: str = "pretrain", **changes: object) -> list[str]:
         settings = {**TINY, "data": self.corpus, "out": self.folder / name, **changes}
@@ -60,17 +61,16 @@ class Runs:
         return [verb, *start, "--sample-prompts", *(part for key, value in pairs for part in _option(key, value))]
 
     def launch(self, name: str, ranks: int, **changes: object) -> tuple[int, str]:
-        """Run under torchrun; exit code and output. Without -- it would take --start for its own --start-method."""
+        """Run on several ranks; exit code and output."""
+        done = self._launch(ranks, "-m", "luthier", *self.arguments(name, **changes))
+        return done.code, done.out + done.err
+
+    def torchrun(self, name: str, ranks: int, **changes: object) -> None:
+        """Run to the end under torchrun itself. Without -- it would take --start for its own --start-method."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        finished = subprocess.run(
-            [*torchrun, "-m", "--", "luthier", *self.arguments(name, **changes)],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        return finished.returncode, finished.stdout + finished.stderr
+        command = [*torchrun, "-m", "--", "luthier", *self.arguments(name, **changes)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def finish(self, name: str, *, code: int = 0, ranks: int = 1, **changes: object) -> None:
         """Run to the end, or to the exit code that is expected; one rank runs in this process."""
@@ -89,8 +89,8 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(corpus, tmp_path_factory) -> Runs:
+def runs(corpus, tmp_path_factory, launch) -> Runs:
     """Runs share a folder for the session, so that a straight run is trained once and compared often."""
-    shared = Runs(corpus, tmp_path_factory.mktemp("runs"))
+    shared = Runs(corpus, tmp_path_factory.mktemp("runs"), launch)
     shared.finish("straight")
     return shared

@@ -45,7 +45,7 @@ def test_uneven_last_micro_batch_changes_nothing(runs):
 
 
 def test_two_ranks_equal_one(runs):
-    runs.finish("two-ranks", ranks=2)
+    runs.torchrun("two-ranks", 2)
     assert runs.losses("two-ranks") == pytest.approx(runs.losses("straight"), abs=1e-5)
     assert runs.losses("two-ranks", "eval") == pytest.approx(runs.losses("straight", "eval"), abs=1e-5)
     assert_same_weights(runs.weights("two-ranks"), runs.weights("straight"), 1e-4)
@@ -60,7 +60,7 @@ def test_muon_on_two_ranks_equals_one_that_was_stopped(runs):
 
 
 def test_a_state_of_two_ranks_resumes_on_one_and_back(runs):
-    runs.finish("resharded", ranks=2, stop_after=2, code=1)  # torchrun reports any early end as 1
+    runs.finish("resharded", ranks=2, stop_after=2, code=1)  # the launcher reports any early end as 1
     runs.finish("resharded", ranks=1, stop_after=2, code=130)
     runs.finish("resharded", ranks=2)
     assert runs.losses("resharded") == pytest.approx(runs.losses("straight"), abs=1e-5)

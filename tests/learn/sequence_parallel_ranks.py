@@ -1,15 +1,9 @@
-"""Run by test_sequence_parallel: every case on 2 and on 4 gloo ranks against one process, as one JSON object.
-
-Ranks are forked from a process that has imported everything once and computed nothing yet.
-"""
+"""One rank of test_sequence_parallel: every case on all gloo ranks against one process, as one JSON object."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -150,37 +144,21 @@ def refused(who: Ranks) -> str:
     return "not refused"
 
 
-def rank(number: int, ranks: int, folder: Path) -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=ranks)
-    who = Ranks(number, ranks, sequence_parallel=ranks)
-    cases = {name: case for name, case in CASES.items() if ranks == 2 or name != "compiled"}  # tracing takes long
+    dist.init_process_group("gloo")
+    who = Ranks(dist.get_rank(), dist.get_world_size(), sequence_parallel=dist.get_world_size())
+    # Tracing takes long.
+    cases = {name: case for name, case in CASES.items() if who.world_size == 2 or name != "compiled"}
     found: dict[str, Any] = {name: compare(who, **case) for name, case in cases.items()}
     found["scored"], found["refused"] = scored(who), refused(who)
-    if ranks == 4:
-        halves = Ranks(number, ranks, sequence_parallel=2)
+    if who.world_size == 4:
+        halves = Ranks(who.rank, who.world_size, sequence_parallel=2)
         found["scored by two groups"] = scored(halves)
-    if number == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+    if who.rank == 0:
+        out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def main() -> None:
-    results = {}
-    fork = multiprocessing.get_context("fork")
-    for ranks in (2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            processes = [fork.Process(target=rank, args=(number, ranks, Path(folder))) for number in range(ranks)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-            if any(process.exitcode for process in processes):
-                sys.exit(1)
-            results[ranks] = json.loads((Path(folder) / "found.json").read_text())
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    main()
+    main(Path(sys.argv[1]))

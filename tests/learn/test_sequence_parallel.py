@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +28,15 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict]:
+def found(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What the ranks computed, by their number."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    results = {}
+    for ranks in ("2", "4"):
+        file = tmp_path_factory.mktemp("found") / "found.json"
+        done = launch(int(ranks), SCRIPT, file)
+        assert done.code == 0, done.out + done.err
+        results[ranks] = json.loads(file.read_text())
+    return results
 
 
 @pytest.mark.slow

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -158,14 +155,10 @@ def test_the_held_out_loss_is_that_of_each_learned_token(given, straight):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(given, straight, tmp_path):
+def test_two_ranks_train_as_one(given, straight, tmp_path, launch):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "luthier"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments(given, out)], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    done = launch(2, "-m", "luthier", *arguments(given, out))
+    assert done.code == 0, done.out + done.err
     assert_same(straight, out, tolerance=1e-5)
     assert losses(out, "eval") == pytest.approx(losses(straight, "eval"), abs=1e-5)
 
