@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,44 @@ def test_a_changed_setting_is_refused_with_the_difference(luthier: Command, done
     recipe, out = done
     outcome = luthier("run", recipe, "--out", out, "--set", "pretrain.steps=3", "eval.batch_size=2")
     assert outcome.code == 2
-    assert "stages.01-pretrain.pretrain.steps: 2 -> 3" in outcome.error
-    assert "stages.02-eval.eval.batch_size: (absent) -> 2" in outcome.error
+    assert "01-pretrain.pretrain.steps: 2 -> 3; 02-eval.eval.batch_size: (absent) -> 2" in outcome.error
+    again = luthier("run", recipe, "--out", out)  # what was refused left no trace
+    assert again.err.count("done before, skipped") == 2
+
+
+def packed(folder: Path, names: Sequence[str], **settings: str) -> str:
+    """A recipe that packs a text with each of these names, the next one from the last one's file."""
+    stages, source = [], folder / "a.txt"
+    for name in names:
+        chosen = settings.get(name, "model: none")
+        stages.append(f"- compress {name}: {{files: ['{source}'], out: '@/{name}.bin', {chosen}}}\n")
+        source = f"@{name}/{name}.bin"
+    return "".join(stages)
+
+
+def test_a_stage_without_work_may_change_and_others_may_follow(luthier: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It rings. " * 50)
+    out = tmp_path / "out"
+    broken = write(tmp_path, packed(tmp_path, ["one", "two"], two="model: absent"))
+    assert luthier("run", broken, "--out", out).code == 2
+    mended = luthier("run", write(tmp_path, packed(tmp_path, ["one", "two", "three"])), "--out", out)
+    assert mended.code == 0, mended.err
+    assert "== 01-one: done before, skipped\n\n== 02-two\n\n== 03-three\n" in mended.err
+
+
+def test_other_inputs_are_refused_until_what_they_made_is_moved_away(luthier: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It rings. " * 50)
+    out, recipe = tmp_path / "out", write(tmp_path, packed(tmp_path, ["one", "two"]))
+    assert luthier("run", recipe, "--out", out).code == 0
+    (tmp_path / "a.txt").write_text("It sings. " * 50)
+    refused = luthier("run", recipe, "--out", out)
+    assert refused.code == 2
+    assert "01-one: files or stages that it reads have changed; 02-two: files or" in refused.error
+    assert refused.err.endswith(f"move away what shall run anew: {out}/01-one, {out}/02-two\n")
+    (out / "01-one").rename(tmp_path / "kept")
+    assert "other settings or inputs: 02-two: files" in luthier("run", recipe, "--out", out).error
+    (out / "02-two").rename(tmp_path / "kept too")
+    assert "== 01-one\n\n== 02-two\n" in luthier("run", recipe, "--out", out).err
 
 
 @pytest.mark.slow

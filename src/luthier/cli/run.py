@@ -1,4 +1,4 @@
-"""`luthier run RECIPE`: a YAML list of `verb: settings` stages, one run folder each. Unchanged stages are skipped.
+"""`luthier run RECIPE`: a YAML list of `verb: settings` stages, one run folder each. What is done is skipped.
 
 A stage's key is its verb, or `verb name` where a verb occurs twice. Its `say` is told before it runs. A setting that
 starts with `@name/` is a path inside the folder of that earlier stage, with `@/` inside the stage's own folder, with
@@ -28,7 +28,7 @@ from luthier.core import config as config_
 from luthier.core.console import Console
 from luthier.core.errors import ConfigError, did_you_mean, require
 from luthier.core.files import read_json, sha256_file, write_json
-from luthier.core.run import RunFolder
+from luthier.core.run import RunFolder, holds_work
 
 STAGE_VERBS = tuple(name for name, verb in VERBS.items() if not verb.alone)
 REFERENCE = re.compile(r"([a-z-]+:)?@(.+)")
@@ -110,19 +110,23 @@ def dry_run(config: RunConfig, console: Console) -> None:
 def run_recipe(
     recipe: Path, out: Path, changes: Sequence[str], console: Console, *, without: Container[str] = ()
 ) -> None:
-    """Run a recipe file into `out`; stages whose settings and inputs are unchanged are skipped.
+    """Run a recipe file into `out`; stages that are done are skipped.
 
     without: names of stages that are left out, which the same recipe may run later.
+
+    Raises ConfigError where a stage holds work of other settings or inputs; what holds none may have changed.
     """
     stages = read_recipe(recipe, out, changes)
     described = {"recipe": recipe.name, "stages": {stage.folder.name: {stage.verb: stage.values} for stage in stages}}
+    hashes = _hashes(stages)
     if int(os.environ.get("RANK", "0")):  # under torchrun the first rank alone writes
         with _joined():
-            _run_stages(stages, console, without, mark=False)
+            _run_stages(stages, hashes, console, without, mark=False)
         return
-    with contextlib.closing(RunFolder.open(out, described)) as folder:
+    _check_work(stages, hashes, out, described["stages"])
+    with contextlib.closing(RunFolder.open(out, described, may_change=described)) as folder:
         with _joined():
-            _run_stages(stages, console, without, mark=True)
+            _run_stages(stages, hashes, console, without, mark=True)
         results = {s.name: RunFolder.read(s.folder).summary for s in stages if s.done.exists()}
         summary = _summary(results)
         if table := evaluations([stage for stage in stages if stage.name in results]):
@@ -148,13 +152,48 @@ def _joined() -> Iterator[None]:
         yield
 
 
-def _run_stages(stages: Sequence[Stage], console: Console, without: Container[str], *, mark: bool) -> None:
-    """Run what is not done, and `mark` what was: with the hash of the stage's settings and of the stages it needs."""
+def _hashes(stages: Sequence[Stage]) -> dict[str, str]:
+    """By a stage's name: the hash of its settings, of the files and folders that they name, and of what it needs."""
     hashes: dict[str, str] = {}
     for stage in stages:
         needed = [hashes[name] for name in stage.needs]
         hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _inputs(stage.values)])
-        if stage.done.exists() and read_json(stage.done)["sha256"] == hashes[stage.name]:
+    return hashes
+
+
+def _check_work(
+    stages: Sequence[Stage], hashes: Mapping[str, str], out: Path, described: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse what is not the work of these stages, by the settings that were stored and the hashes of what is done."""
+    if not (out / "config.yaml").exists():
+        return
+    stored = RunFolder.read(out).config.get("stages", {})
+    worked = [name for name in dict.fromkeys([*stored, *described]) if (out / name).is_dir() and holds_work(out / name)]
+    before, now = ({name: some[name] for name in worked if name in some} for some in (stored, described))
+    changes = config_.diff(before, now)
+    changed = {change.partition(".")[0] for change in changes}
+    for stage in stages:
+        if stage.done.exists() and stage.folder.name not in changed and not _is_done(stage, hashes):
+            changes.append(f"{stage.folder.name}: files or stages that it reads have changed")
+            changed.add(stage.folder.name)
+    if changes:
+        folders = ", ".join(str(out / name) for name in worked if name in changed)
+        raise ConfigError(
+            f"{out} holds work of other settings or inputs: {'; '.join(changes)}",
+            hint=f"restore them, choose another --out, or move away what shall run anew: {folders}",
+        )
+
+
+def _is_done(stage: Stage, hashes: Mapping[str, str]) -> bool:
+    return stage.done.exists() and read_json(stage.done)["sha256"] == hashes[stage.name]
+
+
+def _run_stages(
+    stages: Sequence[Stage], hashes: Mapping[str, str], console: Console, without: Container[str], *, mark: bool
+) -> None:
+    """Run what is not done, and `mark` what was, with its hash."""
+    for stage in stages:
+        if _is_done(stage, hashes):
             console.status(f"== {stage.folder.name}: done before, skipped")
             for table in RunFolder.read(stage.folder).summary.get("tables", []):
                 console.table(**table)

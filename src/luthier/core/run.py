@@ -73,7 +73,7 @@ class RunFolder:
 
     def _check_is_run(self) -> None:
         """Refuse a folder with something else in it, so that nothing of the user's is ever mixed up with a run."""
-        if not (self.path / "config.yaml").exists() and not _is_untouched(self.path):
+        if not (self.path / "config.yaml").exists() and holds_work(self.path):
             raise ConfigError(
                 f"{self.path} is not empty and holds no run", hint="choose another --out, or empty the folder first"
             )
@@ -83,10 +83,10 @@ class RunFolder:
 
         Prepared data are no work, but they follow from the settings: with others they are removed, to be made anew.
         """
-        if not (self.path / "config.yaml").exists() or _is_untouched(self.path):
+        if not (self.path / "config.yaml").exists() or not holds_work(self.path):
             return
         changes = config_.diff(self.config, config, ignore=may_change)
-        if changes and _is_untouched(self.path, but_for="data"):
+        if changes and not holds_work(self.path, but_for="data"):
             shutil.rmtree(self.path / "data")
         elif changes:
             raise ConfigError(
@@ -172,10 +172,10 @@ class RunFolder:
             shutil.rmtree(self.checkpoints / f"step-{step:08d}")
 
 
-def _is_untouched(folder: Path, but_for: str = "") -> bool:
-    """Whether nothing is in a folder but what opening it as a run wrote, or a crash in that left, and `but_for`."""
-    return all(
-        _is_untouched(entry) if entry.is_dir() else entry.name in WRITTEN_BY_OPEN or entry.match(f".*{TEMPORARY}")
+def holds_work(folder: Path, but_for: str = "") -> bool:
+    """Whether more is in a folder than what opening it as a run wrote, or a crash in that left, and `but_for`."""
+    return any(
+        holds_work(entry) if entry.is_dir() else entry.name not in WRITTEN_BY_OPEN and not entry.match(f".*{TEMPORARY}")
         for entry in folder.iterdir()
         if entry.name != but_for
     )
