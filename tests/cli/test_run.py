@@ -169,9 +169,12 @@ def test_a_stage_that_was_not_finished_runs_again_alone(luthier: Command, done: 
 
 def test_a_changed_setting_is_refused_with_the_difference(luthier: Command, done: tuple[Path, Path]) -> None:
     recipe, out = done
-    outcome = luthier("run", recipe, "--out", out, "--set", "pretrain.steps=3", "eval.batch_size=2")
-    assert outcome.code == 2
-    assert "01-pretrain.pretrain.steps: 2 -> 3; 02-eval.eval.batch_size: (absent) -> 2" in outcome.error
+    leaf = luthier("run", recipe, "--out", out, "--set", "eval.batch_size=2")
+    assert (leaf.code, leaf.error.partition(" holds")[0]) == (2, f"{out}/02-eval")
+    assert "another config: batch_size: 8 -> 2" in leaf.error
+    root = luthier("run", recipe, "--out", out, "--set", "pretrain.steps=3")
+    assert root.code == 2
+    assert "02-eval read files, or stages, that have changed; 01-pretrain.steps: 2 -> 3" in root.error
     again = luthier("run", recipe, "--out", out)  # what was refused left no trace
     assert again.err.count("done before, skipped") == 2
 
@@ -203,12 +206,21 @@ def test_other_inputs_are_refused_until_what_they_made_is_moved_away(luthier: Co
     (tmp_path / "a.txt").write_text("It sings. " * 50)
     refused = luthier("run", recipe, "--out", out)
     assert refused.code == 2
-    assert "01-one: files or stages that it reads have changed; 02-two: files or" in refused.error
-    assert refused.err.endswith(f"move away what shall run anew: {out}/01-one, {out}/02-two\n")
+    changed = "read files, or stages, that have changed"
+    assert refused.error == f"{out}: 01-one {changed}; 02-two {changed}"
+    assert refused.err.endswith(f"or move away {out}/01-one, {out}/02-two\n")
     (out / "01-one").rename(tmp_path / "kept")
-    assert "other settings or inputs: 02-two: files" in luthier("run", recipe, "--out", out).error
+    assert luthier("run", recipe, "--out", out).error == f"{out}: 02-two {changed}"
     (out / "02-two").rename(tmp_path / "kept too")
     assert "== 01-one\n\n== 02-two\n" in luthier("run", recipe, "--out", out).err
+
+
+def test_work_of_no_stage_is_not_left_behind(luthier: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It rings. " * 50)
+    out = tmp_path / "out"
+    assert luthier("run", write(tmp_path, packed(tmp_path, ["one", "two"])), "--out", out).code == 0
+    refused = luthier("run", write(tmp_path, packed(tmp_path, ["two"])), "--out", out)
+    assert refused.error == f"{out}: 01-one is no stage of this recipe; 02-two is no stage of this recipe"
 
 
 @pytest.mark.slow

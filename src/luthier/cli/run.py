@@ -65,7 +65,7 @@ class Stage:
 
     @property
     def done(self) -> Path:
-        """Written when the stage has ended: its hash, seconds, processor seconds, and result."""
+        """Written when the stage has ended: its hash, settings, seconds, processor seconds, and result."""
         return self.folder / "stage.json"
 
 
@@ -114,7 +114,7 @@ def run_recipe(
 
     without: names of stages that are left out, which the same recipe may run later.
 
-    Raises ConfigError where a stage holds work of other settings or inputs; what holds none may have changed.
+    Raises ConfigError where there is work of other inputs, of settings that its verb cannot change, or of no stage.
     """
     stages = read_recipe(recipe, out, changes)
     described = {"recipe": recipe.name, "stages": {stage.folder.name: {stage.verb: stage.values} for stage in stages}}
@@ -123,7 +123,7 @@ def run_recipe(
         with _joined():
             _run_stages(stages, hashes, console, without, mark=False)
         return
-    _check_work(stages, hashes, out, described["stages"])
+    _check_work(stages, hashes, out)
     with contextlib.closing(RunFolder.open(out, described, may_change=described)) as folder:
         with _joined():
             _run_stages(stages, hashes, console, without, mark=True)
@@ -156,31 +156,37 @@ def _hashes(stages: Sequence[Stage]) -> dict[str, str]:
     """By a stage's name: the hash of its settings, of the files and folders that they name, and of what it needs."""
     hashes: dict[str, str] = {}
     for stage in stages:
-        needed = [hashes[name] for name in stage.needs]
-        hashes[stage.name] = config_.digest([stage.verb, stage.values, needed, _inputs(stage.values)])
+        hashes[stage.name] = _hash(stage, stage.values, hashes)
     return hashes
 
 
-def _check_work(
-    stages: Sequence[Stage], hashes: Mapping[str, str], out: Path, described: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Refuse what is not the work of these stages, by the settings that were stored and the hashes of what is done."""
+def _hash(stage: Stage, values: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    return config_.digest([stage.verb, values, [hashes[name] for name in stage.needs], _inputs(values)])
+
+
+def _check_work(stages: Sequence[Stage], hashes: Mapping[str, str], out: Path) -> None:
+    """Refuse to leave or to mix what is done: work of no stage, and of other inputs.
+
+    Changed settings are for the stage's verb to judge. So whether inputs have changed is told from the hash that the
+    stage would have with the settings that it was run with.
+    """
     if not (out / "config.yaml").exists():
         return
-    stored = RunFolder.read(out).config.get("stages", {})
-    worked = [name for name in dict.fromkeys([*stored, *described]) if (out / name).is_dir() and holds_work(out / name)]
-    before, now = ({name: some[name] for name in worked if name in some} for some in (stored, described))
-    changes = config_.diff(before, now)
-    changed = {change.partition(".")[0] for change in changes}
+    listed, refused, changes = RunFolder.read(out).config.get("stages", {}), dict[str, str](), list[str]()
+    for folder in listed.keys() - {stage.folder.name for stage in stages}:
+        if (out / folder).is_dir() and holds_work(out / folder):
+            refused[folder] = "is no stage of this recipe"
     for stage in stages:
-        if stage.done.exists() and stage.folder.name not in changed and not _is_done(stage, hashes):
-            changes.append(f"{stage.folder.name}: files or stages that it reads have changed")
-            changed.add(stage.folder.name)
-    if changes:
-        folders = ", ".join(str(out / name) for name in worked if name in changed)
+        done = read_json(stage.done) if stage.done.exists() else {}
+        before = done.get("settings", stage.values)
+        changes += config_.diff({stage.folder.name: before}, {stage.folder.name: stage.values})
+        if done and done["sha256"] != _hash(stage, before, hashes):
+            refused[stage.folder.name] = "read files, or stages, that have changed"
+    if refused:
+        reasons = [*(f"{name} {why}" for name, why in sorted(refused.items())), *changes]
         raise ConfigError(
-            f"{out} holds work of other settings or inputs: {'; '.join(changes)}",
-            hint=f"restore them, choose another --out, or move away what shall run anew: {folders}",
+            f"{out}: {'; '.join(reasons)}",
+            hint=f"restore that, choose another --out, or move away {', '.join(str(out / n) for n in sorted(refused))}",
         )
 
 
@@ -209,7 +215,8 @@ def _run_stages(
         seconds, processor = (now - before for now, before in zip(_clocks(), began, strict=True))
         took = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
         if mark:
-            write_json(stage.done, {"sha256": hashes[stage.name], "verb": stage.verb, **took, "result": result})
+            made = {"sha256": hashes[stage.name], "verb": stage.verb, "settings": stage.values}
+            write_json(stage.done, {**made, **took, "result": result})
 
 
 def paragraph(text: str, first: str = "", rest: str = "") -> str:
