@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +128,12 @@ def test_a_package_lists_its_modules_in_its_docstring(init: Path) -> None:
     assert not missing, f"the docstring of {init.parent.name} does not name {sorted(missing)}"
 
 
+def processor_seconds() -> float:
+    """Of the processes that this one has waited for; other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_instant_and_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom luthier.cli.main import main\n"
@@ -135,9 +141,9 @@ def test_help_is_instant_and_loads_nothing_heavy() -> None:
     )
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = processor_seconds()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds() - began)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 0.3, seconds
 
