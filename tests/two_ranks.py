@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(commands: list[list[str]]) -> list[dict[str, Any]]:
         held.clear()
         with contextlib.redirect_stderr(io.StringIO()) as said:
             code = main(arguments)
+        assert "ACCELERATE_USE_FSDP" not in os.environ  # which would divide the model of the next command
         found.append({"code": code, "said": said.getvalue(), "held": list(held)})
     return found
 

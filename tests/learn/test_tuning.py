@@ -165,25 +165,26 @@ def test_two_ranks_train_as_one(given, straight, tmp_path, launch):
 
 @pytest.fixture(scope="module")
 def shared(given, tmp_path_factory, on_two_ranks) -> Path:
-    """Two ranks that share a model: straight, resumed, with adapters; and a run begun without that cannot go on so."""
+    """Two ranks that share a model: straight, resumed, with adapters; and a run without that cannot go on so."""
     out = tmp_path_factory.mktemp("shared")
-    stopped, whole = {"stop_after": 2}, {"stop_after": 1, "shard": False}
+    stopped, whole = {"stop_after": 2}, {"shard": False}
     runs = [
         ("straight", {}),
         *(("resumed", changes) for changes in (stopped, {})),
         ("adapters", {"lora_rank": 2}),
-        *(("whole", changes) for changes in (whole, {})),
+        *(("whole", changes) for changes in (whole | {"stop_after": 1}, {}, whole)),
     ]
     commands = [arguments(given, out / name, **{"shard": True, **changes}) for name, changes in runs]
     found = on_two_ranks(*commands)
-    assert [part["code"] for part in found] == [0, 130, 0, 0, 130, 2], [part["said"] for part in found]
-    assert [part["held"] for part in found] == [[[0.5, 0.5]], [], [[0.5, 0.5]], [[0.5, 0.5]], [], []]
-    assert "written without shard" in found[-1]["said"]
+    assert [part["code"] for part in found] == [0, 130, 0, 0, 130, 2, 0], [part["said"] for part in found]
+    half, all_of_it = [[0.5, 0.5]], [[1.0, 1.0]]
+    assert [part["held"] for part in found] == [half, [], half, half, [], [], all_of_it]
+    assert "written without shard" in found[-2]["said"]
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["straight", "adapters"])
+@pytest.mark.parametrize("name", ["straight", "adapters", "whole"])
 def test_two_ranks_that_share_a_model_train_as_one(given, straight, shared, tmp_path, name):
     if name == "adapters":
         straight = tmp_path / "run"

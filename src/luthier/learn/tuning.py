@@ -192,22 +192,32 @@ def fit(
     with who.main_first():
         if who.is_main:
             remove_cut_short(folder)
-    last = newest_checkpoint(folder)
-    if last is not None:
-        _check_layout(last, sharded=config.shard and who.world_size > 1)
-        console.status(f"resuming at step {step_of(last)}")
-    if run is not None:
-        run.rewind(step_of(last) if last else 0)
     watch = Watch(config, run, who, console, loss)
-    trainer.add_callback(watch)
-    trainer.remove_callback(PrinterCallback)
-    with stop_requests() as watch.stop, watch.showing(), quiet_libraries():
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with _own_environment():
+        last = newest_checkpoint(folder)
+        if last is not None:
+            _check_layout(last, sharded=config.shard and who.world_size > 1)
+            console.status(f"resuming at step {step_of(last)}")
+        if run is not None:
+            run.rewind(step_of(last) if last else 0)
+        trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
+        with stop_requests() as watch.stop, watch.showing(), quiet_libraries():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     finished = state.global_step >= state.max_steps
     return Tuned(
         finished, state.global_step, state.max_steps, watch.seconds, final_weights(trainer) if finished else {}
     )
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Take back what accelerate tells this process: it would divide the model of the next trainer too."""
+    try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def final_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
