@@ -38,6 +38,12 @@ def test_problems_are_written_and_a_model_learns_from_the_lessons(luthier: Calla
     assert "test-5 by length" in solved.out
 
 
+def test_no_file_is_written_for_what_is_not_asked_for(luthier: Callable[..., Any], tmp_path: Path) -> None:
+    made = luthier("problems", "--lessons", 0, "--test", 0, "--strings", 5, "--out", tmp_path / "p", "--json")
+    assert list(json.loads(made.out)) == ["strings.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "p").glob("*.jsonl")) == ["strings.jsonl"]
+
+
 def test_bad_settings_are_named(luthier: Callable[..., Any], tmp_path: Path) -> None:
     assert luthier("problems", "--lengths", 5, 2, "--out", tmp_path).error.startswith("lengths: got (5, 2)")
     assert luthier("problems", "--longest-string", 1, "--out", tmp_path).error.startswith("longest_string: got 1")

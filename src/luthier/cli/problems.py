@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,7 @@ def run(config: ProblemsConfig, console: Console) -> None:
                 rows.append(row)
                 if len(rows) % 1000 == 0:
                     advance(1000)
-        written = {"lessons.jsonl": write_jsonl(folder.path / "lessons.jsonl", rows)}
-        if config.strings:
-            said = strings(config.strings, config.longest_string, config.modulus, config.seed)
-            written["strings.jsonl"] = write_jsonl(folder.path / "strings.jsonl", said)
-        splits: list[Split] = ["test", "held-out"] if config.share else ["test"]
-        for split in splits:
-            for length in config.test_lengths:
-                name = f"{split}-{length}.jsonl"
-                written[name] = write_jsonl(folder.path / name, _problems(config, split, length))
+        written = {name: write_jsonl(folder.path / name, made) for name, made in _files(config, rows).items()}
         if rows:
             _write_tokenizer(folder.path / "tokenizer", rows)
         table: dict[str, Any] = {
@@ -109,6 +102,17 @@ def run(config: ProblemsConfig, console: Console) -> None:
         headline = {name: f"{count:,} rows" for name, (count, _) in written.items()}
         folder.write_summary({"verb": "problems", "headline": headline, "tables": [table]})
         console.result({name: {"rows": count, "sha256": digest} for name, (count, digest) in written.items()})
+
+
+def _files(config: ProblemsConfig, lessons: Sequence[Mapping[str, Any]]) -> dict[str, Iterable[Mapping[str, Any]]]:
+    """The rows of each file; what has none gets no file."""
+    files: dict[str, Iterable[Mapping[str, Any]]] = {"lessons.jsonl": lessons} if lessons else {}
+    if config.strings:
+        files["strings.jsonl"] = strings(config.strings, config.longest_string, config.modulus, config.seed)
+    splits: list[Split] = ["test", "held-out"] if config.share else ["test"]
+    for split, length in product(splits, config.test_lengths if config.test else ()):
+        files[f"{split}-{length}.jsonl"] = _problems(config, split, length)
+    return files
 
 
 def _problems(config: ProblemsConfig, split: Split, length: int) -> Iterator[Mapping[str, Any]]:
