@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.train import sandbox as sandbox_module
 from luthier.train.sandbox import CHILD, Result, Sandbox
 
 # From something harmless to the real builtins of the interpreter, as programs that break out do it.
@@ -116,3 +118,14 @@ def test_cancelling_kills_the_process() -> None:
 
     asyncio.run(work())
     assert not children()
+
+
+def test_a_process_whose_output_nobody_reads_is_ended() -> None:
+    async def end_it() -> int | None:
+        command = (sys.executable, "-c", "print('x' * 10 ** 7)")
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
+        await asyncio.sleep(0.5)  # asyncio's buffer is full then, and it does not look at the pipe again
+        await asyncio.wait_for(sandbox_module._end(process), 20)
+        return process.returncode
+
+    assert asyncio.run(end_it()) == -signal.SIGKILL

@@ -119,13 +119,14 @@ async def _listen(process: asyncio.subprocess.Process, output: bytearray) -> Non
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kill the process and all that it may have started."""
+    """Kill the process and all that it may have started, and drop what it has said since."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    # A full buffer would wait for a reader, and asyncio waits for the end of the output before that of the process.
+    transport: Any = process._transport  # type: ignore[attr-defined]
+    transport.get_pipe_transport(1).close()
     await process.wait()
-    transport = getattr(process, "_transport", None)
-    if transport is not None:
-        transport.close()
+    transport.close()
 
 
 def _read(output: bytes, count: int) -> list[Result]:
