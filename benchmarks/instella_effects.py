@@ -60,9 +60,7 @@ from luthier.core.stats import Interval, bootstrap_ratio
 RECIPE = Path("recipes/instella-tiny.yaml")
 SEED_STEP = 1000
 SUM_BETA = 0.5  # as strong on a pair of replies of ten tokens, which is their mean here, as beta 5 on means of tokens
-SFT_PER_UPDATE = (
-    13  # updates of fine-tuning that take as long as one of reinforcement here: 5.2 min / 300, 18.3 min / 80
-)
+SFT_PER_UPDATE = 13  # updates of fine-tuning that take about as long as one of reinforcement here
 QUESTIONS, PAIRS = "test-questions", "test-pairs"
 # 97.5 % points of Student's distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
