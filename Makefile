@@ -1,5 +1,6 @@
 # Each target sets itself up: a virtual environment in .venv, installed once and again when pyproject.toml changes.
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
 
 .PHONY: run test lint bench clean
@@ -8,8 +9,8 @@ BIN := .venv/bin
 run: .venv/run.stamp        ## all five systems on this machine, in about a quarter of an hour
 	$(BIN)/luthier tour
 
-test: .venv/dev.stamp       ## all tests that this machine can run
-	$(BIN)/python -m pytest
+test: .venv/dev.stamp       ## all tests that this machine can run, in PROCESSES at once
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 lint: .venv/dev.stamp       ## style and types
 	$(BIN)/ruff check .
