@@ -94,17 +94,20 @@ def run_rank(command: list[str], environment: dict[str, str], folder: Path) -> N
 
 def run_together(processes: Sequence[BaseProcess], timeout: float) -> int:
     """0, or 1 when one failed: the others are told to end then, and are ended if they do not, as torchrun does it."""
-    deadline = time.monotonic() + timeout
+    deadline, failed = time.monotonic() + timeout, False
     try:
         for process in processes:
             process.start()
         while alive := [process for process in processes if process.is_alive()]:
-            assert wait([process.sentinel for process in alive], deadline - time.monotonic()), f"{timeout} s are over"
-            if any(process.exitcode for process in processes):
+            if not wait([process.sentinel for process in alive], deadline - time.monotonic()):
+                assert failed, f"{timeout} s are over"
+                break
+            if any(process.exitcode for process in processes) and not failed:
+                failed, deadline = True, min(deadline, time.monotonic() + GRACE)
                 for process in alive:
                     process.terminate()
-                deadline = min(deadline, time.monotonic() + GRACE)
         return int(any(process.exitcode for process in processes))
     finally:
         for process in processes:
-            process.kill()
+            if process.is_alive():
+                process.kill()
