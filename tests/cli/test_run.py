@@ -215,6 +215,18 @@ def test_other_inputs_are_refused_until_what_they_made_is_moved_away(luthier: Co
     assert "== 01-one\n\n== 02-two\n" in luthier("run", recipe, "--out", out).err
 
 
+def test_files_that_stages_write_outside_the_run_are_no_changed_inputs(luthier: Command, tmp_path: Path) -> None:
+    text, packed, again = (tmp_path / name for name in ("a.txt", "a.bin", "again.txt"))
+    text.write_text("It rings. " * 50)
+    stages = f"- compress: {{files: ['{text}'], out: '{packed}', model: none}}\n"
+    recipe = write(tmp_path, stages + f"- decompress: {{files: ['{packed}'], out: '{again}'}}\n")
+    assert luthier("run", recipe, "--out", tmp_path / "out").code == 0
+    done = luthier("run", recipe, "--out", tmp_path / "out")
+    assert done.err.count("done before, skipped") == 2
+    packed.write_bytes(b"others")
+    assert "02-decompress read files" in luthier("run", recipe, "--out", tmp_path / "out").error
+
+
 def test_work_of_no_stage_is_not_left_behind(luthier: Command, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("It rings. " * 50)
     out = tmp_path / "out"

@@ -145,7 +145,6 @@ def refused(who: Ranks) -> str:
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     who = Ranks(dist.get_rank(), dist.get_world_size(), sequence_parallel=dist.get_world_size())
     # Tracing takes long.

@@ -124,7 +124,8 @@ def test_a_process_whose_output_nobody_reads_is_ended() -> None:
     async def end_it() -> int | None:
         command = (sys.executable, "-c", "print('x' * 10 ** 7)")
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
-        await asyncio.sleep(0.5)  # asyncio's buffer is full then, and it does not look at the pipe again
+        while len(process.stdout._buffer) <= 1 << 17:  # from there on asyncio does not look at the pipe
+            await asyncio.sleep(0.01)
         await asyncio.wait_for(sandbox_module._end(process), 20)
         return process.returncode
 

@@ -34,6 +34,8 @@ STAGE_VERBS = tuple(name for name, verb in VERBS.items() if not verb.alone)
 REFERENCE = re.compile(r"([a-z-]+:)?@(.+)")
 STAGE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 PYTHON = "python"
+WRITTEN = ("out", "html", "jsonl", "trace")
+"""Settings that name what a verb writes; what the others name, it reads."""
 WIDEST = 100  # characters of a line of prose
 SHOWN = 60  # characters of a value, at most, in the headline of a verb that has no summary of its own
 
@@ -161,7 +163,8 @@ def _hashes(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _hash(stage: Stage, values: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    return config_.digest([stage.verb, values, [hashes[name] for name in stage.needs], _inputs(values)])
+    read = {key: value for key, value in values.items() if key not in WRITTEN}
+    return config_.digest([stage.verb, values, [hashes[name] for name in stage.needs], _inputs(read)])
 
 
 def _check_work(stages: Sequence[Stage], hashes: Mapping[str, str], out: Path) -> None:
@@ -180,7 +183,7 @@ def _check_work(stages: Sequence[Stage], hashes: Mapping[str, str], out: Path) -
         done = read_json(stage.done) if stage.done.exists() else {}
         before = done.get("settings", stage.values)
         changes += config_.diff({stage.folder.name: before}, {stage.folder.name: stage.values})
-        if done and done["sha256"] != _hash(stage, before, hashes):
+        if done and not _is_done(stage, hashes) and done["sha256"] != _hash(stage, before, hashes):
             refused[stage.folder.name] = "read files, or stages, that have changed"
     if refused:
         reasons = [*(f"{name} {why}" for name, why in sorted(refused.items())), *changes]
@@ -195,7 +198,7 @@ def _is_done(stage: Stage, hashes: Mapping[str, str]) -> bool:
 
 
 def _run_stages(
-    stages: Sequence[Stage], hashes: Mapping[str, str], console: Console, without: Container[str], *, mark: bool
+    stages: Sequence[Stage], hashes: dict[str, str], console: Console, without: Container[str], *, mark: bool
 ) -> None:
     """Run what is not done, and `mark` what was, with its hash."""
     for stage in stages:
@@ -210,6 +213,7 @@ def _run_stages(
         console.status(f"\n== {stage.folder.name}")
         if stage.say:
             console.status(paragraph(stage.say))
+        hashes[stage.name] = _hash(stage, stage.values, hashes)  # earlier stages may have written what it reads
         began = _clocks()
         result = _run_stage(stage, console, writes=mark)
         seconds, processor = (now - before for now, before in zip(_clocks(), began, strict=True))
