@@ -2,10 +2,12 @@
 
     python benchmarks/reason_overhead.py [--official PATH] [--problems 200]
 
-A simulated solver in a process of its own answers every request after 50 ms. Three parts:
+A simulated solver in a process of its own answers every request after 50 ms (part 1: also after others). Three parts:
 
-1. overhead: SSR on many problems, 200 requests in flight, against the same requests sent bare with the same client
-   library at the same concurrency (no order among them, no answers read): the difference is our work and our waiting;
+1. overhead: SSR on many problems, 200 requests in flight, against the same work if nothing but the server took time:
+   the recorded answers replayed on a clock that only waiting moves, each after the latency that the server really had.
+   Beside it the processor time of a request: of that replay (ours alone), of the whole, and of the same requests sent
+   bare with the same client library;
 2. memory: 1,000 problems of 12 steps in flight at once;
 3. with --official, a checkout of SalesforceAIResearch/socratic-self-refine-reasoning: its SSR-Lin and ours on the same
    problems and the same server, M = 5 samples, R = 3, 30 problems and 100 calls at once: requests, generations, wall
@@ -26,6 +28,7 @@ import os
 import random
 import re
 import resource
+import selectors
 import statistics
 import subprocess
 import sys
@@ -37,19 +40,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import httpx
 from record import record
 
 from luthier.core.errors import ConfigError
+from luthier.llm.connections import collect_rarely, open_session
 from luthier.llm.endpoint import Endpoint
-from luthier.llm.pools import Pools, pooled
 from luthier.llm.stub_server import Faults, StubServer
+from luthier.llm.types import Backend, Completion, Request, Score
 from luthier.reason.methods import parse_method, solve
 from luthier.reason.session import Models
 from luthier.reason.simulation import Chain, Habits, SimulatedSolver
 
 LATENCY, IN_FLIGHT, MODEL = 0.05, 200, "gpt-4.1-nano"  # a name that the published code accepts
 HABITS = Habits(error=0.1, judge_finds=1.0, judge_imagines=0.0)
+_SAID: dict[tuple[str | int | None, ...], str] = {}
 
 
 def free_reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: int) -> str:
@@ -85,39 +89,41 @@ def free_reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: i
 
 
 def reply(messages: Sequence[Mapping[str, str]], seed: int | None, index: int) -> str:
-    """The simulated solver for our prompts, the same habits for other wording."""
-    try:
-        return SimulatedSolver(HABITS).reply([dict(message) for message in messages], seed, index)
-    except ConfigError:
-        return free_reply(messages, seed, index)
+    """The simulated solver for our prompts, the same habits for other wording. What was said once is remembered, so
+    that a run after the first one measures its client and not the simulation."""
+    key = (*(message["content"] for message in messages), seed, index)
+    if key not in _SAID:
+        try:
+            _SAID[key] = SimulatedSolver(HABITS).reply([dict(message) for message in messages], seed, index)
+        except ConfigError:
+            return free_reply(messages, seed, index)
+    return _SAID[key]
 
 
 def _said(values: Sequence[int]) -> str:
     return "\n".join([*(f"v{t} = {v} follows." for t, v in enumerate(values, 1)), f"<answer>{values[-1]}</answer>"])
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, latency: float) -> None:
     async def run() -> None:
-        async with StubServer(reply, latency=LATENCY, model=MODEL, faults=Faults()) as stub:
+        async with StubServer(reply, latency=latency, model=MODEL, faults=Faults()) as stub:
             pipe.send(stub.url)
             while True:
                 await asyncio.to_thread(pipe.recv)
-                ledger = stub.ledger
-                names = ("requests", "most_in_flight", "completion_tokens")
-                pipe.send({name: getattr(ledger, name) for name in names})
+                pipe.send(vars(stub.ledger))
 
     asyncio.run(run())
 
 
 @contextmanager
-def server() -> Any:
+def server(latency: float = LATENCY) -> Any:
     """URL of a simulated solver in a process of its own, and a function that reads its ledger."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, latency), daemon=True)
     process.start()
 
-    def ledger() -> dict[str, int]:
+    def ledger() -> dict[str, float]:
         ours.send("?")
         return dict(ours.recv())
 
@@ -128,92 +134,147 @@ def server() -> Any:
         process.join()
 
 
-class Recording(httpx.AsyncBaseTransport):
-    """Keeps the bodies of all requests."""
+def _key(request: Request) -> str:
+    return repr((request.messages, request.seed, request.first_sample, request.n))
 
-    def __init__(self) -> None:
-        self.inner = Pools(IN_FLIGHT // 8)
-        self.bodies: list[bytes] = []
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        self.bodies.append(request.content)
-        return await self.inner.handle_async_request(request)
+class Recorder:
+    """An endpoint whose requests and answers are kept."""
+
+    def __init__(self, inner: Endpoint) -> None:
+        self.inner, self.model, self.usage, self.bodies = inner, inner.model, inner.usage, list[bytes]()
+        self.answers: dict[str, list[Completion]] = {}
+
+    async def complete(self, request: Request) -> list[Completion]:
+        body = self.inner.capabilities.body(request, first=request.first_sample, n=request.n)
+        self.bodies.append(json.dumps(body).encode())
+        answer = self.answers[_key(request)] = await self.inner.complete(request)
+        return answer
+
+    async def score(self, prompt: str, completion: str) -> Score:
+        return await self.inner.score(prompt, completion)
 
     async def aclose(self) -> None:
         await self.inner.aclose()
+
+
+class Replay(Recorder):
+    """The recorded answers, each after `latency` seconds, `IN_FLIGHT` at once."""
+
+    def __init__(self, recorder: Recorder, latency: float) -> None:
+        super().__init__(recorder.inner)
+        self.answers, self.latency, self.slots = recorder.answers, latency, asyncio.Semaphore(IN_FLIGHT)
+
+    async def complete(self, request: Request) -> list[Completion]:
+        async with self.slots:
+            await asyncio.sleep(self.latency)
+        return self.answers[_key(request)]
+
+
+class Clock(selectors.DefaultSelector):
+    """For an event loop in which only waiting takes time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
+def ideal(recorder: Recorder, chains: Sequence[Chain], latency: float) -> dict[str, float]:
+    """Seconds of the recorded work if only the server took time, and the processor time that it takes all the same."""
+    clock = Clock()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now  # type: ignore[method-assign]
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        took = runner.run(ours(Replay(recorder, latency), chains, at_once=len(chains)))
+        return {**took, "seconds": clock.now}
 
 
 async def undecided(a: str, b: str) -> bool | None:
     return None
 
 
+def endpoint(url: str, concurrency: int) -> Endpoint:
+    return Endpoint(url, MODEL, concurrency=concurrency, timeout=600, connect_timeout=120)
+
+
 async def ours(
-    url: str,
-    chains: Sequence[Chain],
-    *,
-    concurrency: int,
-    at_once: int,
-    transport: httpx.AsyncBaseTransport | None = None,
-    method: str = "ssr:rounds=3,samples=5",
+    backend: Backend, chains: Sequence[Chain], *, at_once: int, method: str = "ssr:rounds=3,samples=5"
 ) -> dict[str, float]:
     """Solve all; seconds, CPU seconds and the share of right answers."""
-    endpoint = Endpoint(url, MODEL, concurrency=concurrency, transport=transport, timeout=600, connect_timeout=120)
     config, slots = parse_method(method), asyncio.Semaphore(at_once)
 
     async def one(number: int, chain: Chain) -> bool:
         async with slots:
-            solution = await solve(chain.question, Models(endpoint), config, equivalence=undecided, seed=number)
+            solution = await solve(chain.question, Models(backend), config, equivalence=undecided, seed=number)
         return solution.answer == chain.answer
 
     wall, cpu = time.perf_counter(), time.process_time()
     right = await asyncio.gather(*(one(number, chain) for number, chain in enumerate(chains)))
     took = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "right": sum(right) / len(right)}
-    await endpoint.aclose()
+    await backend.aclose()
     return took
 
 
 async def bare(url: str, bodies: Sequence[bytes]) -> dict[str, float]:
     """Send the same requests with nothing between them."""
-    waiting, headers = iter(bodies), {"content-type": "application/json"}
-    async with httpx.AsyncClient(transport=pooled(IN_FLIGHT), timeout=60, headers=headers) as client:
+    waiting, headers = iter(bodies), {"Content-Type": "application/json"}
+    async with open_session(url, timeout=60, connect_timeout=60) as session:
 
         async def work() -> None:
             for body in waiting:
-                (await client.post(f"{url}/chat/completions", content=body)).json()
+                async with session.post(f"{url}/chat/completions", data=body, headers=headers) as response:
+                    json.loads(await response.read())
 
         wall, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
         return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def overhead(problems: int, repeats: int, steps: int) -> dict[str, Any]:
+def overhead(problems: int, repeats: int, steps: int, latency: float) -> dict[str, Any]:
     """Part 1."""
     chains, load = [Chain.draw(steps, number) for number in range(problems)], os.getloadavg()[0]
-    with server() as (url, ledger):
-        recording = Recording()
-        asyncio.run(ours(url, chains, concurrency=IN_FLIGHT, at_once=problems, transport=recording))
-        rows = []
+    kinds: dict[str, list[dict[str, float]]] = {"whole": [], "ideal": [], "bare": []}
+    with server(latency) as (url, ledger):
+        recorder = Recorder(endpoint(url, IN_FLIGHT))
+        asyncio.run(ours(recorder, chains, at_once=problems))
+        requests = len(recorder.bodies)
         for _ in range(repeats):
-            whole = asyncio.run(ours(url, chains, concurrency=IN_FLIGHT, at_once=problems))
-            alone = asyncio.run(bare(url, recording.bodies))
-            rows.append((whole, alone))
-        most = ledger()["most_in_flight"]
-    shares = [1 - alone["seconds"] / whole["seconds"] for whole, alone in rows]
-    extra = [(whole["cpu"] - alone["cpu"]) / len(recording.bodies) for whole, alone in rows]
+            before = ledger()
+            kinds["whole"].append(asyncio.run(ours(endpoint(url, IN_FLIGHT), chains, at_once=problems)))
+            after = ledger()
+            if (asked := after["requests"] - before["requests"]) != requests:
+                raise SystemExit(f"{asked} requests, expected the {requests} of the first run")
+            given = (after["seconds"] - before["seconds"]) / requests
+            kinds["ideal"].append(ideal(recorder, chains, given) | {"latency": given})
+            kinds["bare"].append(asyncio.run(bare(url, recorder.bodies)))
+
+    def all_of(kind: str, name: str) -> list[float]:
+        return [row[name] for row in kinds[kind]]
+
+    def cpu(kind: str) -> float:
+        return round(1000 * statistics.median(all_of(kind, "cpu")) / requests, 3)
+
+    shares = [
+        1 - best / took for best, took in zip(all_of("ideal", "seconds"), all_of("whole", "seconds"), strict=True)
+    ]
     return {
         "part": "overhead",
         "load": load,
         "problems": problems,
         "steps": steps,
-        "requests": len(recording.bodies),
-        "most_in_flight": most,
-        "seconds": [round(whole["seconds"], 2) for whole, _ in rows],
-        "bare_seconds": [round(alone["seconds"], 2) for _, alone in rows],
-        "share_of_wall_time": round(statistics.median(shares), 4),
-        "cpu_ms_per_request": round(1000 * statistics.median(extra), 3),
-        "bare_cpu_ms_per_request": round(
-            1000 * statistics.median(alone["cpu"] for _, alone in rows) / len(recording.bodies), 3
-        ),
+        "requests": requests,
+        "latency_ms": 1000 * latency,
+        "most_in_flight": after["most_in_flight"],
+        "server_ms": [round(1000 * value, 2) for value in all_of("ideal", "latency")],
+        "seconds": [round(value, 2) for value in all_of("whole", "seconds")],
+        "ideal_seconds": [round(value, 2) for value in all_of("ideal", "seconds")],
+        "bare_seconds": [round(value, 2) for value in all_of("bare", "seconds")],
+        "share_of_wall_time": [round(share, 4) for share in shares],
+        "cpu_ms_per_request": {"whole": cpu("whole"), "ours alone": cpu("ideal"), "bare": cpu("bare")},
     }
 
 
@@ -221,7 +282,7 @@ def memory(steps: int, problems: int = 1000) -> dict[str, Any]:
     """Part 2, in this process: call it in a fresh one."""
     chains, load = [Chain.draw(steps, number) for number in range(problems)], os.getloadavg()[0]
     with server() as (url, ledger):
-        took = asyncio.run(ours(url, chains, concurrency=problems, at_once=problems))
+        took = asyncio.run(ours(endpoint(url, problems), chains, at_once=problems))
         requests = ledger()["requests"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     told = {"requests": requests, "seconds": round(took["seconds"], 1), "peak_mib": round(peak, 1)}
@@ -261,7 +322,7 @@ def side(name: str, problems: int, path: str) -> dict[str, Any]:
         if name == "official":
             took = asyncio.run(official(url, chains, path))
         else:
-            took = asyncio.run(ours(url, chains, concurrency=100, at_once=30, method=name))
+            took = asyncio.run(ours(endpoint(url, 100), chains, at_once=30, method=name))
         counted = {name: ledger()[name] for name in ("requests", "completion_tokens")}
     return {"side": name, "load": load, **counted} | {key: round(value, 3) for key, value in took.items()}
 
@@ -281,6 +342,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["overhead", "memory", "side"], help="overhead, memory, side")
     parser.add_argument("--problems", type=int, default=200, help="of part 1; part 3 takes up to 60 of them")
     parser.add_argument("--steps", type=int, default=12, help="of a problem in parts 1 and 2; part 3 has 6")
+    parser.add_argument("--latencies", nargs="*", type=float, default=[LATENCY, 0.5], help="of part 1, seconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="record nothing")
     parser.add_argument("--only", default="", help="for its own use: memory, or a side of part 3")
@@ -292,7 +354,9 @@ def main() -> None:
         return
     keep = print if options.dry else lambda row: record("reason_overhead", **row)
     if "overhead" in options.parts:
-        keep(overhead(options.problems, options.repeats, options.steps))
+        collect_rarely()  # as the command line does for endpoints
+        for latency in options.latencies:
+            keep(overhead(options.problems, options.repeats, options.steps, latency))
     if "memory" in options.parts:
         keep(_fresh("--only", "memory", "--steps", str(options.steps)))
     if "side" in options.parts and not options.official:

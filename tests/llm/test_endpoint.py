@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import httpx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from luthier.core.errors import ConfigError, EndpointError
 from luthier.llm import Endpoint, Request, RequestFailed, json_schema
@@ -29,50 +32,75 @@ def answer(*texts: str, usage: bool = True, **choice: Any) -> dict[str, Any]:
     return {"object": "chat.completion", "choices": choices} | ({"usage": counts} if usage else {})
 
 
-def openai_error(status: int, message: str, **more: Any) -> httpx.Response:
-    return httpx.Response(status, json={"error": {"message": message, "type": "invalid_request_error", **more}})
+@dataclass(frozen=True)
+class Said:
+    """An answer that is more than JSON with status 200."""
+
+    status: int
+    text: str = ""
+    json: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self) -> web.Response:
+        text, headers = self.text, dict(self.headers)
+        if self.json is not None:
+            text, headers = json.dumps(self.json), {"content-type": "application/json", **headers}
+        return web.Response(status=self.status, body=text.encode(), headers=headers)
+
+
+Reply = Callable[[dict[str, Any]], Said | dict[str, Any]]
+
+
+@contextlib.asynccontextmanager
+async def serving(handle: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The URL of a server that answers everything by `handle(request)`."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/v1"))
+
+
+def openai_error(status: int, message: str, **more: Any) -> Said:
+    return Said(status, json={"error": {"message": message, "type": "invalid_request_error", **more}})
 
 
 class FakeServer:
     """Keeps the bodies it was sent; answers with `reply(body)`; keeps the waits that the client made."""
 
-    def __init__(self, reply: Callable[[dict[str, Any]], httpx.Response | dict[str, Any]], **options: Any) -> None:
+    def __init__(self, reply: Reply, **options: Any) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
-        self.headers: list[httpx.Headers] = []
+        self.headers: list[Mapping[str, str]] = []
         self.waits: list[float] = []
         self._reply = reply
-        self._options = options
+        self._options = {"api_key": KEY, "jitter_seed": 0} | options
 
     def run(self, use: Callable[[Endpoint], Coroutine[Any, Any, Result]]) -> Result:
         async def main() -> Result:
-            options = {"api_key": KEY, "jitter_seed": 0} | self._options
-            endpoint = Endpoint(
-                "http://server", "m", transport=httpx.MockTransport(self._handle), sleep=self._sleep, **options
-            )
-            try:
-                return await use(endpoint)
-            finally:
-                await endpoint.aclose()
+            async with serving(self._handle) as url:
+                endpoint = Endpoint(url, "m", sleep=self._sleep, **self._options)
+                try:
+                    return await use(endpoint)
+                finally:
+                    await endpoint.aclose()
 
         return asyncio.run(main())
 
     def complete(self, request: Request = ASK) -> list[Any]:
         return self.run(lambda endpoint: endpoint.complete(request))
 
-    async def _handle(self, request: httpx.Request) -> httpx.Response:
-        await asyncio.sleep(0)
-        self.paths.append(request.url.path)
+    async def _handle(self, request: web.Request) -> web.Response:
+        self.paths.append(request.path)
         self.headers.append(request.headers)
-        self.bodies.append(json.loads(request.content) if request.content else {})
+        self.bodies.append(json.loads(await request.read() or "{}"))
         reply = self._reply(self.bodies[-1])
-        return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
+        return (reply if isinstance(reply, Said) else Said(200, json=reply)).response()
 
     async def _sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
 
 
-def refusing(parameter: str, message: str, **more: Any) -> Callable[[dict[str, Any]], httpx.Response | dict[str, Any]]:
+def refusing(parameter: str, message: str, **more: Any) -> Reply:
     """A server that knows all but one parameter."""
     return lambda body: openai_error(400, message, **more) if parameter in body else answer("ok")
 
@@ -231,7 +259,7 @@ def test_structured_output_goes_down_only_with_consent() -> None:
 def test_fastapi_validation_errors_name_the_parameter() -> None:
     def reply(body: dict[str, Any]) -> Any:
         detail = [{"loc": ["body", "top_p"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}]
-        return httpx.Response(422, json={"detail": detail}) if "top_p" in body else answer("ok")
+        return Said(422, json={"detail": detail}) if "top_p" in body else answer("ok")
 
     assert FakeServer(reply).complete()[0].text == "ok"
 
@@ -241,7 +269,7 @@ def test_fastapi_validation_errors_name_the_parameter() -> None:
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
 def test_passing_failures_are_tried_again_with_growing_waits(status: int) -> None:
-    replies = iter([httpx.Response(status, text="busy")] * 3 + [httpx.Response(200, json=answer("ok"))])
+    replies = iter([Said(status, text="busy")] * 3 + [Said(200, json=answer("ok"))])
     server = FakeServer(lambda body: next(replies))
     assert server.complete()[0].text == "ok"
     ranges = [(0.25, 0.5), (0.5, 1.0), (1.0, 2.0)]
@@ -250,7 +278,7 @@ def test_passing_failures_are_tried_again_with_growing_waits(status: int) -> Non
 
 def test_waits_are_reproducible() -> None:
     def waits() -> list[float]:
-        server = FakeServer(lambda body: httpx.Response(503, text="busy"), max_retries=3)
+        server = FakeServer(lambda body: Said(503, text="busy"), max_retries=3)
         with pytest.raises(RequestFailed, match="after 4 tries"):
             server.complete()
         return server.waits
@@ -269,13 +297,11 @@ def test_hopeless_failures_are_not_tried_again(status: int) -> None:
 
 
 def test_retry_after_is_honored_and_absurd_ones_are_an_error() -> None:
-    replies = iter(
-        [httpx.Response(429, text="slow", headers={"retry-after": "7"}), httpx.Response(200, json=answer("ok"))]
-    )
+    replies = iter([Said(429, text="slow", headers={"retry-after": "7"}), Said(200, json=answer("ok"))])
     server = FakeServer(lambda body: next(replies))
     server.complete()
     assert server.waits == [7.0]
-    hours = FakeServer(lambda body: httpx.Response(429, text="slow", headers={"retry-after": "7200"}))
+    hours = FakeServer(lambda body: Said(429, text="slow", headers={"retry-after": "7200"}))
     with pytest.raises(RequestFailed, match="429"):
         hours.complete()
 
@@ -300,11 +326,12 @@ def test_repr_hides_the_key_and_the_environment_gives_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = FakeServer(lambda body: answer("x"), api_key=None)
 
-    async def main(endpoint: Endpoint) -> str:
+    async def main(endpoint: Endpoint) -> tuple[str, str]:
         await endpoint.complete(ASK)
-        return repr(endpoint)
+        return repr(endpoint), endpoint.url
 
-    assert server.run(main) == "Endpoint('http://server/v1', 'm')"
+    shown, url = server.run(main)
+    assert shown == f"Endpoint({url!r}, 'm')"
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
@@ -330,12 +357,12 @@ def test_404_lists_the_models() -> None:
 )
 def test_a_success_that_is_none_is_an_error(payload: Any, named: str) -> None:
     with pytest.raises(EndpointError, match=named):
-        FakeServer(lambda body: httpx.Response(200, json=payload)).complete()
+        FakeServer(lambda body: Said(200, json=payload)).complete()
 
 
 def test_a_web_page_is_an_error() -> None:
     with pytest.raises(RequestFailed, match="not a JSON object") as caught:
-        FakeServer(lambda body: httpx.Response(200, html="<html>It works!</html>")).complete()
+        FakeServer(lambda body: Said(200, text="<html>It works!</html>")).complete()
     assert "/v1" in caught.value.hint
 
 
@@ -352,17 +379,18 @@ def test_samples_that_succeeded_survive_the_failure_of_another() -> None:
 def test_concurrency_is_limited_and_usage_is_summed() -> None:
     running = {"now": 0, "most": 0}
 
-    async def handle(request: httpx.Request) -> httpx.Response:
+    async def handle(request: web.Request) -> web.Response:
         running["now"] += 1
         running["most"] = max(running["most"], running["now"])
         await asyncio.sleep(0.005)
         running["now"] -= 1
-        return httpx.Response(200, json=answer("x"))
+        return web.json_response(answer("x"))
 
     async def main() -> Endpoint:
-        endpoint = Endpoint("http://server", "m", concurrency=3, transport=httpx.MockTransport(handle))
-        await asyncio.gather(*(endpoint.complete(ASK) for _ in range(10)))
-        await endpoint.aclose()
+        async with serving(handle) as url:
+            endpoint = Endpoint(url, "m", concurrency=3)
+            await asyncio.gather(*(endpoint.complete(ASK) for _ in range(10)))
+            await endpoint.aclose()
         return endpoint
 
     endpoint = asyncio.run(main())
@@ -371,26 +399,31 @@ def test_concurrency_is_limited_and_usage_is_summed() -> None:
 
 
 def test_cancellation_reaches_the_inner_calls() -> None:
-    cancelled: list[str] = []
+    asked, gone = [], []
 
-    async def handle(request: httpx.Request) -> httpx.Response:
+    async def handle(request: web.Request) -> web.Response:
+        asked.append(request.path)
         try:
             await asyncio.sleep(30)
-        except asyncio.CancelledError:
-            cancelled.append(request.url.path)
+        except asyncio.CancelledError:  # the client has gone
+            gone.append(request.path)
             raise
         raise AssertionError("never reached")
 
     async def main() -> None:
-        endpoint = Endpoint("http://server", "m", transport=httpx.MockTransport(handle))
-        task = asyncio.create_task(endpoint.complete(Request(messages=ASK.messages, n=3, temperature=0)))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await endpoint.aclose()
+        async with serving(handle) as url:
+            endpoint = Endpoint(url, "m")
+            task = asyncio.create_task(endpoint.complete(Request(messages=ASK.messages, n=3, temperature=0)))
+            async with asyncio.timeout(5):
+                while len(asked) < 3:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                while len(gone) < 3:
+                    await asyncio.sleep(0.001)
+            await endpoint.aclose()
 
     asyncio.run(main())
-    assert len(cancelled) == 3
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -448,9 +481,9 @@ def test_score_tells_whether_its_tokens_are_the_likeliest(best: str, greedy: boo
 # --- streams -------------------------------------------------------------------------------------------------------
 
 
-def sse(*events: Any) -> httpx.Response:
+def sse(*events: Any) -> Said:
     lines = [": comment"] + [f"data: {event if isinstance(event, str) else json.dumps(event)}" for event in events]
-    return httpx.Response(200, text="\n\n".join(lines) + "\n\n", headers={"content-type": "text/event-stream"})
+    return Said(200, text="\n\n".join(lines) + "\n\n", headers={"content-type": "text/event-stream"})
 
 
 def delta(text: str | None, finish: str | None = None) -> dict[str, Any]:
@@ -477,8 +510,15 @@ def test_stream_yields_pieces_and_counts_usage() -> None:
 def test_line_separators_inside_a_piece_do_not_end_its_line() -> None:
     text = "a\u2028b\x85c\u2029"
     event = f"data: {json.dumps(delta(text, 'stop'), ensure_ascii=False)}\r\n\r\ndata: [DONE]"
-    reply = httpx.Response(200, content=event.encode(), headers={"content-type": "text/event-stream"})
+    reply = Said(200, text=event, headers={"content-type": "text/event-stream"})
     assert FakeServer(lambda body: reply).run(streamed) == [text]
+
+
+def test_a_server_that_does_not_stream_gives_its_answer_in_one_piece() -> None:
+    async def main(endpoint: Endpoint) -> Any:
+        return await streamed(endpoint), endpoint.usage.completion_tokens
+
+    assert FakeServer(lambda body: answer("Hello")).run(main) == (["Hello"], 7)
 
 
 def test_stream_options_are_dropped_when_refused() -> None:
@@ -497,9 +537,9 @@ def test_stream_options_are_dropped_when_refused() -> None:
         (sse("[1]"), "not a JSON object"),
         (sse(delta("Hel"), {"error": {"message": "out of memory"}}), "out of memory"),
         (openai_error(401, "who?"), "401: who"),
-        (httpx.Response(200, json={"error": {"message": "upstream died", "code": 400}}), "upstream died"),
+        (Said(200, json={"error": {"message": "upstream died", "code": 400}}), "upstream died"),
     ],
 )
-def test_a_broken_stream_is_an_error(reply: httpx.Response, named: str) -> None:
+def test_a_broken_stream_is_an_error(reply: Said, named: str) -> None:
     with pytest.raises(RequestFailed, match=named):
         FakeServer(lambda body: reply).run(streamed)

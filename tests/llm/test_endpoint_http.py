@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
+import aiohttp
 import pytest
 
 from luthier.core.errors import ConfigError
@@ -107,12 +107,13 @@ def test_a_body_that_cannot_be_decoded_is_an_error() -> None:
         complete(url, max_retries=0)
 
 
-def test_a_failure_without_words_is_named_by_its_type() -> None:
-    def fail(request: httpx.Request) -> httpx.Response:
-        raise httpx.ReadError("")
+def test_a_failure_without_words_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*args: object, **options: object) -> None:
+        raise aiohttp.ClientOSError
 
-    with pytest.raises(RequestFailed, match="ReadError"):
-        complete("http://server", transport=httpx.MockTransport(fail))
+    monkeypatch.setattr(aiohttp.ClientSession, "_request", fail)
+    with pytest.raises(RequestFailed, match="ClientOSError"):
+        complete("http://server")
 
 
 def test_connection_refused_fails_at_once_and_asks_whether_the_server_runs() -> None:

@@ -23,8 +23,10 @@ def open_model(
     """The model behind an endpoint, or in this process where there is none. `concurrency`: most calls in flight."""
     if endpoint is None:
         return open_local(name, device=device)
+    from luthier.llm.connections import collect_rarely
     from luthier.llm.endpoint import Endpoint
 
+    collect_rarely()
     return Endpoint(endpoint, name, concurrency=concurrency)
 
 

@@ -67,6 +67,7 @@ def run(config: ServeConfig, console: Console) -> None:
     """Serve until Ctrl-C."""
     uvicorn = require("uvicorn", "serve")
     require("fastapi", "serve")
+    from luthier.llm.connections import collect_rarely
     from luthier.llm.prices import Prices
     from luthier.reason.trace import TraceFile
     from luthier.serve.app import Settings, create_app
@@ -80,6 +81,7 @@ def run(config: ServeConfig, console: Console) -> None:
             listeners = (stack.enter_context(contextlib.closing(TraceFile(config.traces))),)
         price = Prices.read(config.prices).cost if config.prices else None
         listening = stack.enter_context(_listen(config))
+        collect_rarely()
         options = Settings(tools=config.tools, price=price, listeners=listeners, limits=limits)
         app = create_app(_upstream(config), options)
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)

@@ -19,7 +19,7 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "numpy",
-    "httpx",
+    "aiohttp",
     "zstandard",
 )
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from luthier.llm.local import LocalModel
     from luthier.llm.scripted import ScriptedBackend
 
-# Loaded on first use: httpx, sqlite and above all torch cost start-up time.
+# Loaded on first use: aiohttp, sqlite and above all torch cost start-up time.
 _LAZY = {
     "CachedBackend": "luthier.llm.cache",
     "Endpoint": "luthier.llm.endpoint",

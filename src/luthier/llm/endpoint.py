@@ -15,18 +15,21 @@ What it promises:
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from luthier.core.errors import ConfigError, EndpointError, did_you_mean
 from luthier.llm import replies, retry
+from luthier.llm.connections import FAILURES, open_session, reason
 from luthier.llm.dialect import Dialect, Fault
-from luthier.llm.pools import pooled
 from luthier.llm.types import Completion, Request, RequestFailed, Score, Usage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -48,7 +51,8 @@ class Endpoint:
     environment has in OPENAI_API_KEY. `concurrency`: most calls in flight. `timeout`: seconds without a byte from the
     server; `connect_timeout`: seconds to reach it. `max_retries`: extra tries of one call. `ignore_unsupported`:
     sampling parameters that may be left out for servers that refuse them ("temperature" for reasoning models).
-    `transport` and `sleep` are for tests.
+    `session`: connections that several endpoints share, and that whoever made them closes; then the timeouts are
+    its own. `sleep` is for tests.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Endpoint:
         connect_timeout: float = 10.0,
         max_retries: int = 5,
         ignore_unsupported: Iterable[str] = (),
-        transport: httpx.AsyncBaseTransport | None = None,
+        session: aiohttp.ClientSession | None = None,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
         jitter_seed: int | None = None,
     ) -> None:
@@ -73,11 +77,13 @@ class Endpoint:
         self._key = (os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key).strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError("the API key has characters that no key has", hint=f"copy it to {KEY_VARIABLE} again")
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(timeout, connect=connect_timeout, pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            transport=transport or pooled(concurrency),
+        self._headers = {"Content-Type": "application/json"}
+        if self._key:
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        self._shared = session
+        self._own: aiohttp.ClientSession | None = None
+        self._open_session = functools.partial(
+            open_session, self.url, timeout=timeout, connect_timeout=connect_timeout, connections=concurrency
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._max_retries = max_retries
@@ -117,7 +123,10 @@ class Endpoint:
         def make_body() -> dict[str, Any]:
             return self.capabilities.body(request, first=first, n=n if self.capabilities.native_n else 1)
 
-        payload = await self._post(_path(request), make_body)
+        return self._completions(request, await self._post(_path(request), make_body), first=first, n=n)
+
+    def _completions(self, request: Request, payload: dict[str, Any], *, first: int, n: int) -> list[Completion]:
+        """The samples in an answer, counted."""
         completions = replies.read_completions(
             payload,
             first=first,
@@ -129,7 +138,10 @@ class Endpoint:
         return completions
 
     async def stream(self, request: Request) -> AsyncIterator[str]:
-        """The request's single sample in pieces, as the server writes them. Log-probabilities are not streamed."""
+        """The request's single sample in pieces, as the server writes them: in one where it does not stream.
+
+        Log-probabilities are not streamed.
+        """
         if request.n != 1:
             raise ConfigError(f"only one sample can be streamed, got n={request.n}", hint="ask with n=1")
 
@@ -137,19 +149,22 @@ class Endpoint:
             return self.capabilities.body(request, first=request.first_sample, n=1, stream=True)
 
         async with self._slots:
-            response = await self._send(_path(request), make_body, stream=True)
+            answer = await self._send(_path(request), make_body, stream=True)
+            if (response := answer.stream) is None:
+                yield self._completions(request, answer.payload, first=request.first_sample, n=1)[0].text
+                return
             usage, finished = Usage(calls=1, unreported=1), False
             try:
-                async for line in _lines(response):
+                async for line in _lines(response.content):
                     if (event := replies.read_event(line)) is None:
                         continue
                     usage, finished = event.usage or usage, finished or event.finished
                     if event.text:
                         yield event.text
-            except httpx.RequestError as error:
+            except FAILURES as error:
                 raise self._unreachable(error) from error
             finally:
-                await response.aclose()
+                response.close()
                 self.usage += usage
             if not finished:
                 raise RequestFailed(f"{self.url} broke off in the middle of an answer", hint="try again")
@@ -168,46 +183,57 @@ class Endpoint:
     async def models(self) -> list[str]:
         """The names of the models that the server offers."""
         try:
-            response = await self._client.get(f"{self.url}/models")
-        except httpx.RequestError as error:
+            asked = self._session.get(f"{self.url}/models", headers=self._headers, allow_redirects=False)
+            answer = await _read(await asked, stream=False)
+        except FAILURES as error:
             raise self._unreachable(error) from error
-        if (fault := await _fault_of(response, stream=False)) is not None:
-            raise await self._failure(fault, "models", tries=1)
-        return [entry["id"] for entry in response.json().get("data") or []]
+        if answer.fault is not None:
+            raise await self._failure(answer.fault, "models", tries=1)
+        return [entry["id"] for entry in answer.payload.get("data") or []]
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        if self._own is not None:
+            await self._own.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """Made at the first call: a session belongs to the event loop that runs then."""
+        if self._shared is not None:
+            return self._shared
+        if self._own is None:
+            self._own = self._open_session()
+        return self._own
 
     async def _post(self, path: str, make_body: MakeBody) -> dict[str, Any]:
         """The server's parsed answer."""
         async with self._slots:
-            response = await self._send(path, make_body, stream=False)
-        payload: dict[str, Any] = response.json()
-        return payload
+            return (await self._send(path, make_body, stream=False)).payload
 
-    async def _send(self, path: str, make_body: MakeBody, *, stream: bool) -> httpx.Response:
-        """A successful response: the dialect is adapted and passing failures are tried again on the way."""
+    async def _send(self, path: str, make_body: MakeBody, *, stream: bool) -> Answer:
+        """A successful answer: the dialect is adapted and passing failures are tried again on the way."""
         attempt = 0
         while True:
             body = make_body()
             wait: float | None = None
             try:
-                request = self._client.build_request("POST", f"{self.url}/{path}", json=body)
-                response = await self._client.send(request, stream=stream)
-                fault = await _fault_of(response, stream)
-            except httpx.RequestError as error:
+                content = json.dumps(body).encode()
+                asked = self._session.post(
+                    f"{self.url}/{path}", data=content, headers=self._headers, allow_redirects=False
+                )
+                answer = await _read(await asked, stream)
+            except FAILURES as error:
                 failure = self._unreachable(error)
-                retryable = self._reached or isinstance(error, httpx.TimeoutException)
+                retryable = self._reached or isinstance(error, TimeoutError)
             else:
                 self._reached = True
-                if fault is None:
-                    return response
-                if self.capabilities.learn(body, fault) and make_body() != body:
+                if answer.fault is None:
+                    return answer
+                if self.capabilities.learn(body, answer.fault) and make_body() != body:
                     continue
-                failure = await self._failure(fault, path, tries=attempt + 1)
-                retryable = retry.is_retryable(fault)
-                wait = failure.retry_after = retry.read_retry_after(response.headers.get("retry-after"))
+                failure = await self._failure(answer.fault, path, tries=attempt + 1)
+                retryable = retry.is_retryable(answer.fault)
+                wait = failure.retry_after = retry.read_retry_after(answer.retry_after)
             if not retryable or attempt >= self._max_retries or (wait or 0) > 10 * retry.LONGEST_WAIT:
                 raise failure
             await self._sleep(retry.backoff(attempt, self._rng) if wait is None else wait)
@@ -235,24 +261,56 @@ class Endpoint:
             return f"{HINTS[404]}; the server does list {self.model!r}"
         return f"the server has no {self.model!r}{did_you_mean(self.model, names)}; it has: {', '.join(names[:20])}"
 
-    def _unreachable(self, error: httpx.RequestError) -> RequestFailed:
-        reason = str(error) or type(error).__name__
-        kind = f"cannot be reached ({reason})"
-        if isinstance(error, httpx.TimeoutException):
-            kind = "timed out"
-        elif isinstance(error, httpx.DecodingError):
-            kind = f"sent what cannot be read ({reason})"
+    def _unreachable(self, error: Exception) -> RequestFailed:
+        late = isinstance(error, TimeoutError)
+        kind = "timed out" if late else f"cannot be reached ({reason(error)})"
+        if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError)):
+            kind = f"sent what cannot be read ({reason(error)})"
         hint = f"is the server running at {self.url}?"
-        if isinstance(error, httpx.ReadTimeout):
+        if late and not isinstance(error, aiohttp.ConnectionTimeoutError):
             hint = "the server is too slow for this timeout: raise it, lower the concurrency, or ask for fewer tokens"
-        return RequestFailed(f"{self.url} {kind}", hint=hint, timed_out=isinstance(error, httpx.TimeoutException))
+        return RequestFailed(f"{self.url} {kind}", hint=hint, timed_out=late)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a server answered: `payload` is empty where there is a `fault` or an open `stream`."""
+
+    payload: dict[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
+    retry_after: str | None = None
+    stream: aiohttp.ClientResponse | None = None
+
+
+async def _read(response: aiohttp.ClientResponse, stream: bool) -> Answer:
+    """The whole answer, or with `stream` an event stream that is left open."""
+    status = response.status
+    if stream and status < 400 and "json" not in response.headers.get("Content-Type", ""):
+        return Answer(stream=response)
+    async with response:
+        content = await response.read()
+    if status >= 400:
+        said = content.decode("utf-8", "replace")
+        return Answer(fault=replies.read_fault(status, said), retry_after=response.headers.get("Retry-After"))
+    try:
+        payload = json.loads(content)
+    except ValueError:
+        payload = None
+    if isinstance(payload, dict):
+        fault = replies.fault_in(status, payload)
+        return Answer(payload=payload if fault is None else {}, fault=fault)
+    # What begins like an answer was cut off on the way, and may come whole next time.
+    code = retry.CUT_OFF if content.lstrip().startswith(b"{") else None
+    said = f"not a JSON object but {content[:60].decode('utf-8', 'replace')!r}"
+    return Answer(fault=Fault(status=status, code=code, message=said))
 
 
 def normalize_url(url: str) -> str:
     """The base URL of the API: with scheme, without a trailing slash, `/v1` added to a bare host."""
     try:
-        valid = httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host != ""
-    except httpx.InvalidURL:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
         valid = False
     if not valid:
         raise ConfigError(f"endpoint is {url!r}, expected a URL", hint="for example http://localhost:8000/v1")
@@ -260,10 +318,10 @@ def normalize_url(url: str) -> str:
     return base if "/" in base.split("://", 1)[1] else f"{base}/v1"
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """The lines of an event stream. Not httpx's own, which also end at U+2028 and others that JSON text may hold."""
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[str]:
+    """The lines of an event stream, which end at newlines and not at U+2028 and others that JSON text may hold."""
     rest = b""
-    async for chunk in response.aiter_bytes():
+    async for chunk in content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line.decode("utf-8", "replace")
@@ -272,22 +330,3 @@ async def _lines(response: httpx.Response) -> AsyncIterator[str]:
 
 def _path(request: Request) -> str:
     return "chat/completions" if request.prompt is None else "completions"
-
-
-async def _fault_of(response: httpx.Response, stream: bool) -> Fault | None:
-    """What is wrong with a response; None when it can be used."""
-    if response.status_code >= 400:
-        await response.aread()
-        return replies.read_fault(response.status_code, response.text)
-    if stream and "json" not in response.headers.get("content-type", ""):
-        return None
-    await response.aread()
-    try:
-        payload = json.loads(response.text)
-    except ValueError:
-        payload = None
-    if not isinstance(payload, dict):
-        # What begins like an answer was cut off on the way, and may come whole next time.
-        code = retry.CUT_OFF if response.text.lstrip().startswith("{") else None
-        return Fault(status=response.status_code, code=code, message=f"not a JSON object but {response.text[:60]!r}")
-    return replies.fault_in(response.status_code, payload)

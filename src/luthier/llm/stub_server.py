@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class Ledger:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     most_in_flight: int = 0
+    seconds: float = 0.0
+    """From requests read to answers ready, summed: the latency that clients were really given."""
 
 
 @dataclass
@@ -138,11 +141,13 @@ class StubServer:
             return _response(404, {"error": {"message": f"no such path: {path}", "type": "invalid_request_error"}})
         self.ledger.requests += 1
         self._in_flight += 1
+        began = time.monotonic()
         self.ledger.most_in_flight = max(self.ledger.most_in_flight, self._in_flight)
         try:
             return await self._complete(json.loads(body))
         finally:
             self._in_flight -= 1
+            self.ledger.seconds += time.monotonic() - began
 
     async def _complete(self, asked: Mapping[str, Any]) -> bytes | None:
         faults, luck = self.faults, self._random.random()

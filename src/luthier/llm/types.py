@@ -93,7 +93,9 @@ def _check_input(request: Request) -> None:
         )
     for number, message in enumerate(request.messages):
         if not (
-            isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
         ):
             raise ConfigError(
                 f"message {number} is {message!r}, expected a dict with the strings 'role' and 'content'",
@@ -137,8 +139,13 @@ class Usage:
     """Calls whose server told no token counts: with these the token totals are lower bounds."""
 
     def __add__(self, other: Usage) -> Usage:
-        theirs = vars(other)
-        return Usage(**{name: value + theirs[name] for name, value in vars(self).items()})
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            calls=self.calls + other.calls,
+            unreported=self.unreported + other.unreported,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

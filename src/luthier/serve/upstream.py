@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import httpx
+import aiohttp
 
+from luthier.llm.connections import FAILURES, open_session, reason
 from luthier.llm.endpoint import Endpoint, normalize_url
 from luthier.llm.types import Backend
 from luthier.serve.answers import event
@@ -64,8 +65,7 @@ class Server:
         self._key = key or ""
         self._concurrency = concurrency
         self._timeout = timeout
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=10.0, pool=None), limits=limits)
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._backends: dict[tuple[str, str | None], Endpoint] = {}
 
     async def models(self, key: str | None) -> list[str]:
@@ -84,32 +84,40 @@ class Server:
                 self._backends.pop(next(iter(self._backends)))  # the one not used for longest; calls may be in flight
             # '' and not None, which would take OPENAI_API_KEY from the environment.
             key = key or self._key
-            endpoint = Endpoint(self.url, model, api_key=key, concurrency=self._concurrency, timeout=self._timeout)
+            session = self._session(decompress=True)
+            endpoint = Endpoint(self.url, model, api_key=key, concurrency=self._concurrency, session=session)
         self._backends[name] = endpoint
         return endpoint
 
+    def _session(self, *, decompress: bool) -> aiohttp.ClientSession:
+        """Connections for reasoners, or for what passes through as it is."""
+        if decompress not in self._sessions:
+            session = open_session(self.url, timeout=self._timeout, connect_timeout=10.0, decompress=decompress)
+            self._sessions[decompress] = session
+        return self._sessions[decompress]
+
     async def forward(self, request: ChatRequest, content: bytes, headers: Mapping[str, str]) -> Plain:
         """The server's status, headers and bytes as they come. Raises: ApiError 502 or 504 when none come."""
-        # Without an Accept-Encoding of the client's own, httpx would ask for what the client cannot read.
+        # Without an Accept-Encoding of the client's own, aiohttp would ask for what the client cannot read.
         sent = {"accept-encoding": "identity", **_without(NOT_FORWARDED, headers)}
         if self._key and not KEYS & sent.keys():
             sent["authorization"] = f"Bearer {self._key}"
-        asked = self._client.build_request("POST", f"{self.url}/chat/completions", content=content, headers=sent)
+        url, session = f"{self.url}/chat/completions", self._session(decompress=False)
         try:
-            response = await self._client.send(asked, stream=True)
-        except httpx.HTTPError as error:
+            response = await session.post(url, data=content, headers=sent, allow_redirects=False)
+        except FAILURES as error:
             raise self._failure(error) from error
         pieces = await begun(self._pieces(response))
-        return Plain(response.status_code, pieces, _without(NOT_RETURNED, response.headers))
+        return Plain(response.status, pieces, _without(NOT_RETURNED, response.headers))
 
-    async def _pieces(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+    async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
         """The bytes. A stream that breaks off between two events ends with an event that says so."""
         end: bytes | None = None
         try:
-            async for piece in response.aiter_raw():
+            async for piece in response.content.iter_any():
                 yield piece
                 end = piece[-4:]
-        except httpx.HTTPError as error:
+        except FAILURES as error:
             failure = self._failure(error)
             if end is None:
                 raise failure from error
@@ -119,22 +127,21 @@ class Server:
                 raise
             yield event(failure.body)
         finally:
-            await response.aclose()
+            response.close()
 
-    def _failure(self, error: httpx.HTTPError) -> ApiError:
-        late = isinstance(error, httpx.ReadTimeout)
-        reason = "did not answer in time" if late else f"cannot be reached ({str(error) or type(error).__name__})"
+    def _failure(self, error: Exception) -> ApiError:
+        late = isinstance(error, aiohttp.SocketTimeoutError)
+        what = "did not answer in time" if late else f"cannot be reached ({reason(error)})"
         code = "upstream_timeout" if late else "upstream_error"
-        return ApiError(504 if late else 502, f"{self.url} {reason}", kind="upstream_error", code=code)
+        return ApiError(504 if late else 502, f"{self.url} {what}", kind="upstream_error", code=code)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
-        for endpoint in self._backends.values():
-            await endpoint.aclose()
+        for session in self._sessions.values():
+            await session.close()
 
 
 def _without(names: set[str], headers: Mapping[str, str]) -> dict[str, str]:
     """Headers but for these, and for those that belong to the connection by its own word."""
     own = {name.strip().lower() for name in headers.get("connection", "").split(",")}
-    return {name: value for name, value in headers.items() if name not in names | own}
+    return {name: value for name, value in headers.items() if name.lower() not in names | own}

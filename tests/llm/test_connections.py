@@ -1,0 +1,75 @@
+"""Connections: the environment's proxies, the trusted certificates, cookies."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
+
+from luthier.llm import Endpoint, Request
+from luthier.llm.connections import open_session
+
+ASK = Request(messages=[{"role": "user", "content": "Hello"}])
+ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]}
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, host: str, user: str = "") -> list[tuple[str, str | None]]:
+    """Host and proxy credentials of what reaches a proxy when a call goes to `host` ('' for the proxy itself)."""
+    seen: list[tuple[str, str | None]] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        seen.append((request.host, request.headers.get("Proxy-Authorization")))
+        return web.json_response(ANSWER, headers={"Set-Cookie": "a=b"})
+
+    async def main() -> None:
+        async with RawTestServer(answer) as server:
+            monkeypatch.setenv("http_proxy", f"http://{user}127.0.0.1:{server.port}")
+            endpoint = Endpoint(f"http://{host or f'127.0.0.1:{server.port}'}/v1", "m", api_key="k")
+            assert (await endpoint.complete(ASK))[0].text == "Hi"
+            await endpoint.aclose()
+
+    asyncio.run(main())
+    return seen
+
+
+def test_the_environments_proxy_is_used_with_its_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, "api.example") == [("api.example", None)]
+    token = base64.b64encode(b"me:secret").decode()
+    assert ask(monkeypatch, "api.example", "me:secret@") == [("api.example", f"Basic {token}")]
+
+
+def test_hosts_named_in_no_proxy_are_reached_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    ((host, _),) = ask(monkeypatch, "")
+    assert host.startswith("127.0.0.1:")
+
+
+def test_cookies_are_not_kept_and_servers_are_verified() -> None:
+    cookies = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        cookies.append(request.headers.get("Cookie"))
+        return web.json_response(ANSWER, headers={"Set-Cookie": "a=b"})
+
+    async def main() -> None:
+        async with RawTestServer(answer) as server:
+            endpoint = Endpoint(str(server.make_url("/v1")), "m", api_key="k")
+            for _ in range(2):
+                await endpoint.complete(ASK)
+            await endpoint.aclose()
+        async with open_session("https://api.example/v1", timeout=1, connect_timeout=1) as session:
+            context = session.connector._ssl  # type: ignore[union-attr]
+            assert (context.check_hostname, len(context.get_ca_certs()) > 50) == (True, True)
+
+    asyncio.run(main())
+    assert cookies == [None, None]
