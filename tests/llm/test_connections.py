@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 
+from luthier.core.errors import ConfigError
 from luthier.llm import Endpoint, Request
 from luthier.llm.connections import open_session
 
@@ -52,6 +53,18 @@ def test_hosts_named_in_no_proxy_are_reached_directly(monkeypatch: pytest.Monkey
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     ((host, _),) = ask(monkeypatch, "")
     assert host.startswith("127.0.0.1:")
+
+
+def test_a_proxy_that_is_none_of_http_is_an_error_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1080")
+
+    async def main() -> None:
+        await Endpoint("http://api.example/v1", "m", api_key="k").complete(ASK)
+
+    with pytest.raises(ConfigError, match="'socks5'") as caught:
+        asyncio.run(main())
+    assert "secret" not in f"{caught.value}{caught.value.hint}"
+    assert "no_proxy" in caught.value.hint
 
 
 def test_cookies_are_not_kept_and_servers_are_verified() -> None:

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import certifi
 
+from luthier.core.errors import ConfigError
+
 FAILURES = (aiohttp.ClientError, TimeoutError)
 """What a call raises when there is no whole answer."""
 
@@ -24,15 +26,14 @@ def open_session(
     """A session for one server, to be made and closed inside one event loop. It keeps no cookies.
 
     `timeout`: seconds without a byte from the server; `connect_timeout`: seconds to reach it. `connections`: most at
-    once, 0 for any number. `decompress`: whether bodies are handed out decoded.
+    once, 0 for any number. `decompress`: whether bodies are handed out decoded. Raises: ConfigError for a proxy of
+    another kind than HTTP.
     """
-    parts = urlsplit(url)
-    proxy = None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, ssl=_trusted() if parts.scheme == "https" else True),
+        connector=aiohttp.TCPConnector(limit=connections, ssl=_trusted() if url.startswith("https:") else True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout),
         cookie_jar=aiohttp.DummyCookieJar(),
-        proxy=proxy,
+        proxy=_proxy(url),
         auto_decompress=decompress,
     )
 
@@ -50,6 +51,20 @@ def collect_rarely() -> None:
 def reason(error: Exception) -> str:
     """What went wrong, in a few words."""
     return str(error) or type(error).__name__
+
+
+def _proxy(url: str) -> str | None:
+    """What http_proxy, https_proxy, all_proxy and no_proxy say of a URL."""
+    parts, proxies = urlsplit(url), urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    if (kind := urlsplit(proxy).scheme) not in ("http", "https"):
+        raise ConfigError(
+            f"the environment names a proxy of kind {kind or 'none'!r}, expected http://HOST:PORT",
+            hint=f"set {parts.scheme}_proxy to an HTTP proxy, or name {parts.hostname} in no_proxy",
+        )
+    return proxy
 
 
 @functools.cache
