@@ -1,6 +1,6 @@
 """HTTP connections to a server: an aiohttp session that honours the environment's proxies and trusts certifi's roots.
 
-aiohttp takes an eighth of the processor time that httpx takes for a call when 200 are in flight (LOG.md has the figures).
+With 200 calls in flight aiohttp takes an eighth of the processor time that httpx takes for each (figures in LOG.md).
 """
 
 from __future__ import annotations
