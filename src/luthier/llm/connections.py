@@ -30,7 +30,11 @@ def open_session(
     another kind than HTTP.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, ssl=_trusted() if url.startswith("https:") else True),
+        connector=aiohttp.TCPConnector(
+            limit=connections,
+            keepalive_timeout=4.0,  # uvicorn, so vLLM too, closes after 5 seconds: never send into a closing connection
+            ssl=_trusted() if url.startswith("https:") else True,
+        ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout),
         cookie_jar=aiohttp.DummyCookieJar(),
         proxy=_proxy(url),
