@@ -18,6 +18,7 @@ import uvicorn
 
 from luthier.llm.scripted import ScriptedBackend
 from luthier.llm.stub_server import StubServer
+from luthier.llm.types import GO_ON
 from luthier.reason.simulation import Chain, Habits, SimulatedSolver
 from luthier.serve.app import Settings, create_app
 from luthier.serve.in_process import Local
@@ -302,6 +303,18 @@ def test_a_model_in_this_process_is_served_plain_and_reasoning() -> None:
             one.chat.completions.create(model="local", messages=ASKED, logit_bias={"1": 5})
         with pytest.raises(openai.NotFoundError, match="only 'local'"):
             one.chat.completions.create(model="ssr/other", messages=ASKED)
+
+
+def test_a_reply_that_was_begun_is_gone_on_with() -> None:
+    backend = ScriptedBackend(lambda request, index: " 4", model="local")
+    begun = [*ASKED, {"role": "assistant", "content": "2+2 ="}]
+    with running(lambda: Local(backend)) as url, client(url) as one:
+        one.chat.completions.create(model="local", messages=begun, extra_body=dict(GO_ON))
+        one.chat.completions.create(model="local", messages=ASKED, extra_body={"add_generation_prompt": True})
+        with pytest.raises(openai.BadRequestError, match="one of the two"):
+            one.chat.completions.create(model="local", messages=begun, extra_body={"add_generation_prompt": False})
+    gone_on, fresh = backend.requests
+    assert (gone_on.extra, gone_on.messages[-1]["content"], fresh.extra) == (GO_ON, "2+2 =", {})
 
 
 def test_the_system_prompt_and_the_history_reach_the_model() -> None:

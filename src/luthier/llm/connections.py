@@ -54,6 +54,8 @@ def collect_rarely() -> None:
 
 def reason(error: Exception) -> str:
     """What went wrong, in a few words."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return str(error.os_error)
     return str(error) or type(error).__name__
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from luthier.llm.types import Backend, Completion, Request, Usage
+from luthier.llm.types import GO_ON, Backend, Completion, Request, Usage
 from luthier.serve.answers import chunk, completion, encoded, event, usage_chunk
 from luthier.serve.failures import ApiError, error_of
 from luthier.serve.protocol import (
@@ -21,7 +21,7 @@ from luthier.serve.protocol import (
 from luthier.serve.streaming import DONE, begun
 from luthier.serve.upstream import Plain
 
-KNOWN = READ | {"top_p", "top_k", "stop"}
+KNOWN = READ | {"top_p", "top_k", "stop", *GO_ON}
 MOST_SAMPLES = 128  # OpenAI's own limit of n
 
 
@@ -102,7 +102,20 @@ def _read(request: ChatRequest) -> Request:
         top_k=max(top_k or 0, 0),
         stop=strings(body, "stop"),
         seed=request.seed,
+        extra=_going_on(body),
     )
+
+
+def _going_on(body: Mapping[str, Any]) -> Mapping[str, bool]:
+    """Whether the assistant's last message is gone on with, in vLLM's words. Raises: ApiError 400."""
+    going_on = body.get("continue_final_message") or False
+    cue = body.get("add_generation_prompt")
+    if not isinstance(going_on, bool) or (cue is not None and cue is not (not going_on)):
+        message = (
+            f"continue_final_message: got {going_on!r} with add_generation_prompt={cue!r}, expected one of the two"
+        )
+        raise ApiError(400, message, param="continue_final_message")
+    return GO_ON if going_on else {}
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:

@@ -42,6 +42,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
 }
 ROLES = ("system", "developer", "user", "assistant")
 LIMITS = ("max_calls", "max_tokens_total", "max_seconds", "max_cost")
