@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -55,15 +55,13 @@ from luthier.core.console import Console
 from luthier.core.errors import Interrupted
 from luthier.core.files import atomic_write, read_json
 from luthier.core.run import RunFolder
-from luthier.core.stats import Interval, bootstrap_ratio
+from luthier.core.stats import bootstrap_ratio, student_mean
 
 RECIPE = Path("recipes/instella-tiny.yaml")
 SEED_STEP = 1000
 SUM_BETA = 0.5  # as strong on a pair of replies of ten tokens, which is their mean here, as beta 5 on means of tokens
 SFT_PER_UPDATE = 13  # updates of fine-tuning that take about as long as one of reinforcement here
 QUESTIONS, PAIRS = "test-questions", "test-pairs"
-# 97.5 % points of Student's distribution, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NOTE = (
     "Values: means over seeds. Difference: the value minus its value beside it, on the same n questions, documents or "
     "pairs of all seeds, with a 95 % bootstrap over them. Over seeds: the mean of the seeds' differences, Student's "
@@ -307,20 +305,12 @@ def mean(some: Sequence[Scores]) -> Scores:
     return {item: (fmean(s[item][0] for s in some), some[0][item][1]) for item in some[0]}
 
 
-def over_seeds(values: Sequence[float]) -> Interval | None:
-    """Mean of one value a seed with Student's 95 % interval; None for one seed, or more than are tabulated."""
-    if len(values) - 1 not in STUDENT:
-        return None
-    half = STUDENT[len(values) - 1] * stdev(values) / len(values) ** 0.5
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half, len(values))
-
-
 def tabulated(effect: str, line: Line, runs: Mapping[int, Path]) -> Values:
     """One row of the table, over the seeds."""
     found = {seed: measure(line, run) for seed, run in runs.items()}
     each = [one.difference for one in found.values()]
     tops, bottoms = ([x for one in found.values() for x in getattr(one, name)] for name in ("tops", "bottoms"))
-    seeds = over_seeds(each)
+    seeds = student_mean(each) if len(each) > 1 else None
     return {
         "effect": effect,
         "figure": line.figure,
@@ -341,7 +331,7 @@ def format_share(runs: Mapping[int, Path]) -> Values:
     for run in runs.values():
         tuned, chat, text = (ratio(correct(QUESTIONS)(run, stage)) for stage in ("chat-sft", "chat-soup", "base-soup"))
         shares += [(text - chat) / (tuned - chat)] if tuned > chat else []
-    seeds = over_seeds(shares)
+    seeds = student_mean(shares) if len(shares) > 1 else None
     return {
         "effect": "format",
         "figure": "share of the gain that is format",

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.core.stats import bits_per_byte, bootstrap_mean, bootstrap_ratio, paired_difference, wilson
+from luthier.core.stats import (
+    bits_per_byte,
+    bootstrap_mean,
+    bootstrap_ratio,
+    paired_difference,
+    student_mean,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +101,12 @@ def test_bits_per_byte() -> None:
 
 def test_an_interval_as_text() -> None:
     assert wilson(1, 2).text(2) == "0.50 [0.09, 0.91]"
+
+
+def test_the_mean_of_a_few_values_has_students_interval() -> None:
+    found = student_mean([1.0, 2.0, 3.0])
+    assert (found.value, found.n) == (pytest.approx(2.0), 3)
+    assert found.high - found.value == pytest.approx(4.303 / 3**0.5) == found.value - found.low
+    for values in ([1.0], [0.0] * 11):
+        with pytest.raises(ValueError, match="2 to 10 values"):
+            student_mean(values)

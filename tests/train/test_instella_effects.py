@@ -89,10 +89,3 @@ def test_stages_are_compared_on_the_items_of_all_by_their_weights(effects, tmp_p
     assert found.difference == pytest.approx(0.5)
     assert effects.measure(line(best=True), tmp_path).theirs == pytest.approx(0.75)
     assert effects.measure(line(best=True, lower=True), tmp_path).theirs == pytest.approx(0.25)
-
-
-def test_an_interval_over_seeds_is_students(effects) -> None:
-    found = effects.over_seeds([1.0, 2.0, 3.0])
-    assert found.value == pytest.approx(2.0)
-    assert found.high - found.value == pytest.approx(4.303 / 3**0.5)
-    assert effects.over_seeds([1.0]) is None

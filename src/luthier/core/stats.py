@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+
+# 97.5 % points of Student's distribution, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Interval(NamedTuple):
@@ -81,6 +84,17 @@ def paired_difference(
     """Percentile bootstrap of mean(a - b) over pairs measured on the same items; ValueError for unequal lengths."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     return bootstrap_mean(differences, seed=seed, resamples=resamples, confidence=confidence)
+
+
+def student_mean(values: Sequence[float]) -> Interval:
+    """Mean of a few independent values, such as one a seed, with Student's 95 % interval.
+
+    ValueError for fewer than two values, or more than are tabulated.
+    """
+    if len(values) - 1 not in STUDENT:
+        raise ValueError(f"student_mean needs 2 to {max(STUDENT) + 1} values, got {len(values)}")
+    half = STUDENT[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half, len(values))
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
