@@ -37,8 +37,8 @@ def run_seed(seed: int, out: Path, changes: Sequence[str]) -> Path:
     stages = [stage for stage in read_yaml(find_recipe(RECIPE)) if LEFT_OUT not in stage]
     for stage in stages:
         ((name, settings),) = stage.items()
-        if name.partition(" ")[0] in ("pretrain", "eval"):
-            settings["seed"] = seed
+        if seed and name.partition(" ")[0] in ("pretrain", "eval"):
+            settings["seed"] = seed  # 0 is the recipe's own
     out.mkdir(parents=True, exist_ok=True)
     recipe, folder = out / f"recipe-{seed}.yaml", out / f"seed-{seed}"
     recipe.write_text(yaml.safe_dump(stages, sort_keys=False))
