@@ -2,7 +2,8 @@
 
 A reply is stored under the SHA-256 of (model, request, sample index), so a run that was stopped, killed or extended
 asks only for what it does not have: n=5 after n=3 asks for two samples and returns the first three unchanged. The store
-is one SQLite file in WAL mode, synced at each commit and shared safely between processes. Failures are never stored.
+is one SQLite file in WAL mode, synced before a reply is handed out and shared safely between processes. Failures are
+never stored.
 
 Identical requests that arrive while the first is under way wait for it (within one process). Two processes may both
 ask; the first reply to arrive is kept, and both return that one.
@@ -14,7 +15,8 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ CREATE TABLE IF NOT EXISTS replies (
 ) WITHOUT ROWID
 """
 Value = TypeVar("Value")
+_Row = tuple[str, str, str, str]
 
 
 class CachedBackend:
@@ -86,31 +89,34 @@ class CachedBackend:
 
         async def fetch(_: list[int]) -> None:
             score = await self.inner.score(prompt, completion)
-            self._store.put(key, self._identity, {"prompt": prompt, "completion": completion}, score.to_json())
+            question = {"prompt": prompt, "completion": completion}
+            await self._store.put([_row(key, self._identity, question, score)])
 
         return (await self._gather({0: key}, fetch, Score.from_json))[0]
 
     async def aclose(self) -> None:
         """Close the file and the inner backend."""
-        self._store.close()
+        await self._store.aclose()
         await self.inner.aclose()
 
     async def _fetch_run(self, request: Request, run: range, keys: dict[int, str]) -> None:
         """Ask the inner backend for neighboring samples; what a partly failed call did return is stored too."""
-        question = request.canonical()
+
+        async def store(completions: Iterable[Completion]) -> None:
+            question = request.canonical()
+            await self._store.put([_row(keys[c.index], self._identity, question, c) for c in completions])
+
         try:
             completions = await self.inner.complete(replace(request, first_sample=run.start, n=len(run)))
         except RequestFailed as failure:
-            for completion in failure.completions:
-                self._store.put(keys[completion.index], self._identity, question, completion.to_json())
+            await store(failure.completions)
             raise
         if [completion.index for completion in completions] != list(run):
             raise EndpointError(
                 f"{self.model} returned samples {[c.index for c in completions]}, expected {list(run)}",
                 hint="the backend does not follow the Backend protocol",
             )
-        for completion in completions:
-            self._store.put(keys[completion.index], self._identity, question, completion.to_json())
+        await store(completions)
 
     async def _gather(
         self,
@@ -168,22 +174,46 @@ def _runs(indices: list[int]) -> list[range]:
     return runs
 
 
+def _row(key: str, model: str, question: Any, reply: Completion | Score) -> _Row:
+    # The reply in ASCII: a server may send half a surrogate pair, which no UTF-8 text can hold.
+    return key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply.to_json())
+
+
+def _settle(batch: Iterable[tuple[Any, asyncio.Future[None]]], error: DataError | None = None) -> None:
+    for _, done in batch:
+        if done.done():  # its caller was cancelled
+            continue
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+
 class _Store:
-    """The SQLite file. Calls take well under a millisecond plus one disk sync, so they run on the event loop."""
+    """The SQLite file. It is read on the event loop, which takes well under a millisecond. A thread writes: a sync to
+    disk takes longer than all else, so replies that come while one is under way are written together after it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = self._guard(lambda: sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None))
+        self._db, self._written = self._connect(), self._connect()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")
+        self._waiting: list[tuple[Sequence[_Row], asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
         try:
             self._guard(self._prepare)
         except DataError:
             self._db.close()
+            self._written.close()
             raise
+
+    def _connect(self) -> sqlite3.Connection:
+        options: dict[str, Any] = {"timeout": LOCK_SECONDS, "isolation_level": None, "check_same_thread": False}
+        return self._guard(lambda: sqlite3.connect(self.path, **options))
 
     def _prepare(self) -> None:
         self._enter_wal()
-        self._db.execute("PRAGMA synchronous=FULL")  # a reply is paid for: it must survive a power cut too
+        self._written.execute("PRAGMA synchronous=FULL")  # a reply is paid for: it must survive a power cut too
         self._db.execute(_SCHEMA)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, SCHEMA_VERSION):
@@ -212,11 +242,34 @@ class _Store:
         value: dict[str, Any] = json.loads(row[0])
         return value
 
-    def put(self, key: str, model: str, question: Any, reply: dict[str, Any]) -> None:
-        # The reply in ASCII: a server may send half a surrogate pair, which no UTF-8 text can hold.
-        row = (key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply))
+    async def put(self, rows: Sequence[_Row]) -> None:
+        """Returns when the rows are on disk. They get there too when the caller is cancelled meanwhile."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((rows, done))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
+        await done
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            rows = [row for some, _ in batch for row in some]
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, rows)
+            except DataError as error:
+                _settle(batch, error)
+            else:
+                _settle(batch)
+
+    def _write(self, rows: Sequence[_Row]) -> None:
         insert = "INSERT OR IGNORE INTO replies (key, model, question, reply) VALUES (?, ?, ?, ?)"
-        self._guard(lambda: self._db.execute(insert, row))
+
+        def transaction() -> None:
+            self._written.execute("BEGIN IMMEDIATE")
+            with self._written:  # commits, or rolls back
+                self._written.executemany(insert, rows)
+
+        self._guard(transaction)
 
     def usage(self) -> Usage:
         names = [field.name for field in fields(Usage)]
@@ -224,8 +277,17 @@ class _Store:
         row = self._guard(lambda: self._db.execute(f"SELECT {sums} FROM replies").fetchone())
         return Usage(**dict(zip(names, row, strict=True)))
 
-    def close(self) -> None:
-        self._db.close()
+    async def aclose(self) -> None:
+        """Write what waits, and close the file."""
+        rows = [row for some, _ in self._waiting for row in some]
+        self._waiting = []
+        try:
+            if rows:
+                self._thread.submit(self._write, rows).result()
+        finally:
+            self._thread.shutdown()  # once it has written
+            self._written.close()
+            self._db.close()
 
     def _guard(self, action: Callable[[], Value]) -> Value:
         try:

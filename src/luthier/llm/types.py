@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from luthier.core.errors import ConfigError, EndpointError
@@ -82,7 +82,7 @@ class Request:
 
     def canonical(self) -> dict[str, Any]:
         """Everything that can change one sample: the request without the number of samples."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n", "first_sample")}
+        return {name: value for name, value in vars(self).items() if name not in ("n", "first_sample")}
 
 
 def _check_input(request: Request) -> None:
@@ -179,7 +179,8 @@ class Completion:
     """What the backend enforced of `response_format`."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        tokens = None if self.logprobs is None else [asdict(token) for token in self.logprobs]
+        return {**vars(self), "logprobs": tokens, "usage": dict(vars(self.usage))}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Completion:
