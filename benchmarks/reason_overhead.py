@@ -6,8 +6,8 @@ A simulated solver in a process of its own answers every request after 50 ms (pa
 
 1. overhead: SSR on many problems, 200 requests in flight, against the same work if nothing but the server took time:
    the recorded answers replayed on a clock that only waiting moves, each after the latency that the server really had.
-   Beside it the processor time of a request: of that replay (ours alone), of the whole, and of the same requests sent
-   bare with the same client library;
+   Beside it the same with all replies kept in a file, as `luthier eval` does, and the same requests sent bare with the
+   same client library; and the processor time of a request of each and of that replay (ours alone);
 2. memory: 1,000 problems of 12 steps in flight at once;
 3. with --official, a checkout of SalesforceAIResearch/socratic-self-refine-reasoning: its SSR-Lin and ours on the same
    problems and the same server, M = 5 samples, R = 3, 30 problems and 100 calls at once: requests, generations, wall
@@ -32,6 +32,7 @@ import selectors
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from unittest.mock import MagicMock
 from record import record
 
 from luthier.core.errors import ConfigError
+from luthier.llm.cache import CachedBackend
 from luthier.llm.connections import collect_rarely, open_session
 from luthier.llm.endpoint import Endpoint
 from luthier.llm.stub_server import Faults, StubServer
@@ -237,12 +239,12 @@ async def bare(url: str, bodies: Sequence[bytes]) -> dict[str, float]:
 def overhead(problems: int, repeats: int, steps: int, latency: float) -> dict[str, Any]:
     """Part 1."""
     chains, load = [Chain.draw(steps, number) for number in range(problems)], os.getloadavg()[0]
-    kinds: dict[str, list[dict[str, float]]] = {"whole": [], "ideal": [], "bare": []}
-    with server(latency) as (url, ledger):
+    kinds: dict[str, list[dict[str, float]]] = {"whole": [], "ideal": [], "bare": [], "kept": []}
+    with server(latency) as (url, ledger), tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(endpoint(url, IN_FLIGHT))
         asyncio.run(ours(recorder, chains, at_once=problems))
         requests = len(recorder.bodies)
-        for _ in range(repeats):
+        for number in range(repeats):
             before = ledger()
             kinds["whole"].append(asyncio.run(ours(endpoint(url, IN_FLIGHT), chains, at_once=problems)))
             after = ledger()
@@ -251,6 +253,8 @@ def overhead(problems: int, repeats: int, steps: int, latency: float) -> dict[st
             given = (after["seconds"] - before["seconds"]) / requests
             kinds["ideal"].append(ideal(recorder, chains, given) | {"latency": given})
             kinds["bare"].append(asyncio.run(bare(url, recorder.bodies)))
+            kept = CachedBackend(endpoint(url, IN_FLIGHT), Path(folder) / f"{number}.sqlite")
+            kinds["kept"].append(asyncio.run(ours(kept, chains, at_once=problems)))
 
     def all_of(kind: str, name: str) -> list[float]:
         return [row[name] for row in kinds[kind]]
@@ -272,9 +276,15 @@ def overhead(problems: int, repeats: int, steps: int, latency: float) -> dict[st
         "server_ms": [round(1000 * value, 2) for value in all_of("ideal", "latency")],
         "seconds": [round(value, 2) for value in all_of("whole", "seconds")],
         "ideal_seconds": [round(value, 2) for value in all_of("ideal", "seconds")],
+        "kept_seconds": [round(value, 2) for value in all_of("kept", "seconds")],
         "bare_seconds": [round(value, 2) for value in all_of("bare", "seconds")],
         "share_of_wall_time": [round(share, 4) for share in shares],
-        "cpu_ms_per_request": {"whole": cpu("whole"), "ours alone": cpu("ideal"), "bare": cpu("bare")},
+        "cpu_ms_per_request": {
+            "whole": cpu("whole"),
+            "ours alone": cpu("ideal"),
+            "kept": cpu("kept"),
+            "bare": cpu("bare"),
+        },
     }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sqlite3
@@ -221,8 +222,57 @@ def test_half_a_surrogate_pair_is_stored(tmp_path: Path) -> None:
     async def main() -> list[str]:
         backend = CachedBackend(ScriptedBackend(["cut \ud83d"]), tmp_path / "cache.sqlite")
         try:
-            return [texts(await backend.complete(Request(prompt="x")))[0] for _ in range(2)]
+            return [texts(await backend.complete(Request(prompt="cut \ud83d")))[0] for _ in range(2)]
         finally:
             await backend.aclose()
 
     assert asyncio.run(main()) == ["cut \ud83d"] * 2
+
+
+def test_replies_that_come_together_are_written_together(tmp_path: Path) -> None:
+    written: list[str] = []
+
+    async def main() -> None:
+        cached = CachedBackend(numbered(delay=0.01), tmp_path / "c.db")
+        cached._store._written.set_trace_callback(written.append)
+        await asyncio.gather(*(cached.complete(Request(prompt=str(i))) for i in range(50)))
+        await cached.aclose()
+
+    asyncio.run(main())
+    assert 1 <= sum(statement.startswith("BEGIN") for statement in written) <= 5
+    assert stored(tmp_path / "c.db") == 50
+
+
+def test_what_a_cancelled_caller_paid_for_is_stored(tmp_path: Path) -> None:
+    async def main() -> None:
+        cached = CachedBackend(numbered(), tmp_path / "c.db")
+        lock = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")  # no reply can be written
+        calls = [asyncio.create_task(cached.complete(Request(prompt=str(i)))) for i in range(3)]
+        while not (cached._store._waiting or cached._store._writing):
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        lock.execute("COMMIT")
+        lock.close()
+        await cached.aclose()
+
+    asyncio.run(main())
+    assert stored(tmp_path / "c.db") == 3
+
+
+def test_a_reply_that_cannot_be_written_is_an_error_for_its_callers(tmp_path: Path) -> None:
+    async def main() -> None:
+        cached = CachedBackend(numbered(), tmp_path / "c.db")
+        cached._store._written.execute("PRAGMA query_only=ON")
+        with pytest.raises(DataError, match="cannot be used as a reply cache"):
+            await cached.complete(ASK)
+        await cached.aclose()
+
+    asyncio.run(main())
+
+
+def stored(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return int(db.execute("SELECT count(*) FROM replies").fetchone()[0])

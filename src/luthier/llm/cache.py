@@ -175,11 +175,12 @@ def _runs(indices: list[int]) -> list[range]:
 
 
 def _row(key: str, model: str, question: Any, reply: Completion | Score) -> _Row:
-    # The reply in ASCII: a server may send half a surrogate pair, which no UTF-8 text can hold.
-    return key, model, json.dumps(question, ensure_ascii=False), json.dumps(reply.to_json())
+    # Both may hold half a surrogate pair, which UTF-8 cannot: it is written as JSON's escape.
+    asked = json.dumps(question, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return key, model, asked, json.dumps(reply.to_json())
 
 
-def _settle(batch: Iterable[tuple[Any, asyncio.Future[None]]], error: DataError | None = None) -> None:
+def _settle(batch: Iterable[tuple[Any, asyncio.Future[None]]], error: Exception | None = None) -> None:
     for _, done in batch:
         if done.done():  # its caller was cancelled
             continue
@@ -256,7 +257,7 @@ class _Store:
             rows = [row for some, _ in batch for row in some]
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, rows)
-            except DataError as error:
+            except Exception as error:
                 _settle(batch, error)
             else:
                 _settle(batch)
