@@ -15,14 +15,14 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from luthier.core.errors import DataError, EndpointError
-from luthier.llm.types import Backend, Completion, Request, RequestFailed, Score, Usage, request_key, score_key
+from luthier.llm.types import Backend, Completion, Request, RequestFailed, Score, Usage, request_keys, score_key
 
 SCHEMA_VERSION = 1
 LOCK_SECONDS = 60.0  # how long to wait for other processes
@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS replies (
     question TEXT NOT NULL,  -- JSON, for people: what was asked
     reply TEXT NOT NULL,     -- JSON: a Completion or a Score
     created TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
-) WITHOUT ROWID
+)
 """
 Value = TypeVar("Value")
 _Row = tuple[str, str, str, str]
@@ -72,13 +72,16 @@ class CachedBackend:
     async def complete(self, request: Request) -> list[Completion]:
         """The request's samples: stored ones from the file, the others from the inner backend."""
         samples = range(request.first_sample, request.first_sample + request.n)
-        keys = {index: request_key(self._identity, request, index) for index in samples}
+        keys = request_keys(self._identity, request, samples)
 
-        async def fetch(claimed: list[int]) -> None:
+        async def fetch(claimed: list[int]) -> dict[int, Completion]:
             runs = [self._fetch_run(request, run, keys) for run in _runs(claimed)]
+            fetched: dict[int, Completion] = {}
             for result in await asyncio.gather(*runs, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
+                fetched |= result
+            return fetched
 
         replies = await self._gather(keys, fetch, Completion.from_json)
         return [replies[index] for index in samples]
@@ -87,10 +90,10 @@ class CachedBackend:
         """The stored score, or the inner backend's."""
         key = score_key(self._identity, prompt, completion)
 
-        async def fetch(_: list[int]) -> None:
+        async def fetch(_: list[int]) -> dict[int, Score]:
             score = await self.inner.score(prompt, completion)
             question = {"prompt": prompt, "completion": completion}
-            await self._store.put([_row(key, self._identity, question, score)])
+            return {0: score} if await self._store.put(self._identity, question, {key: score}) else {}
 
         return (await self._gather({0: key}, fetch, Score.from_json))[0]
 
@@ -99,12 +102,15 @@ class CachedBackend:
         await self._store.aclose()
         await self.inner.aclose()
 
-    async def _fetch_run(self, request: Request, run: range, keys: dict[int, str]) -> None:
-        """Ask the inner backend for neighboring samples; what a partly failed call did return is stored too."""
+    async def _fetch_run(self, request: Request, run: range, keys: dict[int, str]) -> dict[int, Completion]:
+        """Ask the inner backend for neighboring samples; what a partly failed call did return is stored too.
 
-        async def store(completions: Iterable[Completion]) -> None:
-            question = request.canonical()
-            await self._store.put([_row(keys[c.index], self._identity, question, c) for c in completions])
+        Returns nothing where another process may have stored others first: then those count.
+        """
+
+        async def store(completions: Iterable[Completion]) -> bool:
+            replies = {keys[completion.index]: completion for completion in completions}
+            return await self._store.put(self._identity, request.canonical(), replies)
 
         try:
             completions = await self.inner.complete(replace(request, first_sample=run.start, n=len(run)))
@@ -116,12 +122,12 @@ class CachedBackend:
                 f"{self.model} returned samples {[c.index for c in completions]}, expected {list(run)}",
                 hint="the backend does not follow the Backend protocol",
             )
-        await store(completions)
+        return {c.index: c for c in completions} if await store(completions) else {}
 
     async def _gather(
         self,
         keys: dict[int, str],
-        fetch: Callable[[list[int]], Coroutine[Any, Any, None]],
+        fetch: Callable[[list[int]], Coroutine[Any, Any, dict[int, Any]]],
         parse: Callable[[dict[str, Any]], Any],
     ) -> dict[int, Any]:
         """The replies under all keys. What nobody has asked for yet is claimed and fetched; the rest is waited for.
@@ -139,17 +145,20 @@ class CachedBackend:
             claimed = [index for index in missing if keys[index] not in self._under_way]
             if claimed:
                 mine |= set(claimed)
-                await self._lead([keys[index] for index in claimed], fetch(claimed))
+                fetched = await self._lead([keys[index] for index in claimed], fetch(claimed))
+                for index, value in fetched.items():
+                    found[index] = value
+                    self._count(value.usage, hit=False)
             elif missing:
                 await self._under_way[keys[missing[0]]].wait()
         return found
 
-    async def _lead(self, keys: Iterable[str], fetch: Coroutine[Any, Any, None]) -> None:
+    async def _lead(self, keys: Iterable[str], fetch: Coroutine[Any, Any, dict[int, Any]]) -> dict[int, Any]:
         done = asyncio.Event()
         claimed = dict.fromkeys(keys, done)
         self._under_way |= claimed
         try:
-            await fetch
+            return await fetch
         finally:
             for key in claimed:
                 del self._under_way[key]
@@ -174,20 +183,15 @@ def _runs(indices: list[int]) -> list[range]:
     return runs
 
 
-def _row(key: str, model: str, question: Any, reply: Completion | Score) -> _Row:
+def _rows(model: str, question: Any, replies: Mapping[str, Completion | Score]) -> list[_Row]:
     # Both may hold half a surrogate pair, which UTF-8 cannot: it is written as JSON's escape.
     asked = json.dumps(question, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-    return key, model, asked, json.dumps(reply.to_json())
+    return [(key, model, asked, json.dumps(reply.to_json())) for key, reply in replies.items()]
 
 
-def _settle(batch: Iterable[tuple[Any, asyncio.Future[None]]], error: Exception | None = None) -> None:
-    for _, done in batch:
-        if done.done():  # its caller was cancelled
-            continue
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+def _open(batch: Iterable[tuple[Any, asyncio.Future[bool]]]) -> list[asyncio.Future[bool]]:
+    """Those whose callers were not cancelled."""
+    return [done for _, done in batch if not done.done()]
 
 
 class _Store:
@@ -199,7 +203,7 @@ class _Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db, self._written = self._connect(), self._connect()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")
-        self._waiting: list[tuple[Sequence[_Row], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Sequence[_Row], asyncio.Future[bool]]] = []
         self._writing: asyncio.Task[None] | None = None
         try:
             self._guard(self._prepare)
@@ -243,34 +247,38 @@ class _Store:
         value: dict[str, Any] = json.loads(row[0])
         return value
 
-    async def put(self, rows: Sequence[_Row]) -> None:
-        """Returns when the rows are on disk. They get there too when the caller is cancelled meanwhile."""
+    async def put(self, model: str, question: Any, replies: Mapping[str, Completion | Score]) -> bool:
+        """Returns when the replies, by key, are on disk: whether none can have been there before. They get there too
+        when the caller is cancelled meanwhile."""
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append((rows, done))
+        self._waiting.append((_rows(model, question, replies), done))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
-        await done
+        return await done
 
     async def _write_waiting(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             rows = [row for some, _ in batch for row in some]
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, rows)
+                new = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, rows)
             except Exception as error:
-                _settle(batch, error)
+                for done in _open(batch):
+                    done.set_exception(error)
             else:
-                _settle(batch)
+                for done in _open(batch):
+                    done.set_result(new == len(rows))
 
-    def _write(self, rows: Sequence[_Row]) -> None:
+    def _write(self, rows: Sequence[_Row]) -> int:
+        """Store rows whose keys are not there yet; how many those were."""
         insert = "INSERT OR IGNORE INTO replies (key, model, question, reply) VALUES (?, ?, ?, ?)"
 
-        def transaction() -> None:
+        def transaction() -> int:
             self._written.execute("BEGIN IMMEDIATE")
             with self._written:  # commits, or rolls back
-                self._written.executemany(insert, rows)
+                return self._written.executemany(insert, rows).rowcount
 
-        self._guard(transaction)
+        return self._guard(transaction)
 
     def usage(self) -> Usage:
         names = [field.name for field in fields(Usage)]

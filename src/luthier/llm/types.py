@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -288,14 +288,25 @@ def json_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def request_key(model: str, request: Request, sample_index: int) -> str:
     """SHA-256 (hexadecimal) that names one sample: model, everything that shapes the sample, and its index."""
-    return _digest(["complete", model, request.canonical(), sample_index])
+    return request_keys(model, request, [sample_index])[sample_index]
+
+
+def request_keys(model: str, request: Request, sample_indices: Iterable[int]) -> dict[int, str]:
+    """`request_key` of several samples, by index."""
+    begun = hashlib.sha256(_canonical([KEY_VERSION, "complete", model, request.canonical()])[:-1])
+    keys = {}
+    for index in sample_indices:
+        whole = begun.copy()
+        whole.update(f",{index}]".encode())
+        keys[index] = whole.hexdigest()
+    return keys
 
 
 def score_key(model: str, prompt: str, completion: str) -> str:
     """SHA-256 (hexadecimal) that names one score."""
-    return _digest(["score", model, prompt, completion])
+    return hashlib.sha256(_canonical([KEY_VERSION, "score", model, prompt, completion])).hexdigest()
 
 
-def _digest(parts: list[Any]) -> str:
-    text = json.dumps([KEY_VERSION, *parts], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _canonical(parts: list[Any]) -> bytes:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
