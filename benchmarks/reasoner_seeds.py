@@ -53,8 +53,11 @@ def read_run(folder: Path) -> Answers:
     """What the methods answered."""
     (file,) = folder.glob("[0-9]*-eval/answers.jsonl")
     found: Answers = {}
-    for row in sorted(read_answers(file).values(), key=lambda row: row["problem"]):
+    for row in read_answers(file).values():
         found.setdefault(row["task"], {}).setdefault(named(row["method"]), []).append(row)
+    for methods in found.values():
+        for rows in methods.values():
+            rows.sort(key=lambda row: row["problem"])
     return found
 
 
