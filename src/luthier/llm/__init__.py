@@ -1,7 +1,7 @@
 """Talking to any language model through one small async protocol.
 
 Read in this order: `types` (requests, completions, the `Backend` protocol), `endpoint` with `dialect`, `replies`,
-`retry` and `pools` (any OpenAI-compatible server), `local` with `generation` and `sampling` (a transformers model in
+`retry` and `connections` (any OpenAI-compatible server), `local` with `generation` and `sampling` (a transformers model in
 this process; the only part that needs torch), `cache` (replies are paid for once), `scripted` (a fake for tests),
 `prices` (tokens to dollars), `budget` (a limit that is never passed), `stub_server` (a server around a function, with
 faults on demand).
