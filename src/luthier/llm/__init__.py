@@ -1,10 +1,10 @@
 """Talking to any language model through one small async protocol.
 
 Read in this order: `types` (requests, completions, the `Backend` protocol), `endpoint` with `dialect`, `replies`,
-`retry` and `connections` (any OpenAI-compatible server), `local` with `generation` and `sampling` (a transformers model in
-this process; the only part that needs torch), `cache` (replies are paid for once), `scripted` (a fake for tests),
-`prices` (tokens to dollars), `budget` (a limit that is never passed), `stub_server` (a server around a function, with
-faults on demand).
+`retry` and `connections` (any OpenAI-compatible server), `local` with `generation` and `sampling` (a transformers
+model in this process; the only part that needs torch), `cache` (replies are paid for once), `scripted` (a fake for
+tests), `prices` (tokens to dollars), `budget` (a limit that is never passed), `stub_server` (a server around a
+function, with faults on demand).
 """
 
 from __future__ import annotations
