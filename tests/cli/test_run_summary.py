@@ -56,9 +56,12 @@ def test_only_answers_to_the_same_wording_and_method_are_pairs(tmp_path: Path) -
     assert differences(ours.folder, theirs.folder) == {}
 
 
-def test_methods_that_differ_in_their_settings_alone_keep_them(tmp_path: Path) -> None:
+def test_methods_keep_the_settings_that_tell_them_apart(tmp_path: Path) -> None:
     first, second = stage(tmp_path / "first", [[True]]), stage(tmp_path / "second", [[True]])
-    write_json(second.folder / "summary.json", {"headline": {"sums, cot:a=1": "0.1", "sums, cot:a=2": "0.2"}})
+    methods = ["cot:p=1,t=0", "maj@3:p=1,t=0", "ssr:steps=lines,p=1,t=0", "ssr:p=1,t=0,rounds=2"]
+    headline = {f"a:b, {method}": "0.1" for method in methods}
+    write_json(second.folder / "summary.json", {"headline": headline})
     table = evaluations([first, second])
     assert table is not None
-    assert [row[1] for row in table["rows"]] == ["sums, cot", "sums, cot:a=1", "sums, cot:a=2"]
+    told = ["cot", "maj@3", "ssr:steps=lines", "ssr:rounds=2"]
+    assert [row[1] for row in table["rows"]] == ["sums, cot", *(f"a:b, {method}" for method in told)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -38,18 +38,26 @@ def _rows(stage: Stage, names: Mapping[Path, str]) -> list[list[str]]:
     other: Path | None = stage.config.against
     pairs = differences(stage.folder, other) if other is not None else {}
     beside = "—" if other is None else names.get(other.resolve(), str(other))
-    named = [_short(key) for key in headline]
-    whole = len(set(named)) < len(named)  # methods that differ in their settings alone
+    shared = set.intersection(*(set(_settings(key)) for key in headline)) if headline else set()
     return [
-        [stage.name, key if whole else short, _counted(pairs.get(key)), value, beside, _difference(pairs.get(key))]
-        for (key, value), short in zip(headline.items(), named, strict=True)
+        [stage.name, _short(key, shared), _counted(pairs.get(key)), value, beside, _difference(pairs.get(key))]
+        for key, value in headline.items()
     ]
 
 
-def _short(key: str) -> str:
-    """'test, cot:temperature=0.0' without the method's settings."""
-    task, comma, method = key.rpartition(", ")
-    return f"{task}{comma}{method.partition(':')[0]}" if comma else key
+def _short(key: str, shared: Container[str]) -> str:
+    """'test, cot:temperature=0.0' without the method's settings that all methods beside it share."""
+    settings = _settings(key)
+    own = ",".join(setting for setting in settings if setting not in shared)
+    head = key.removesuffix(":" + ",".join(settings))
+    return f"{head}:{own}" if own else head
+
+
+def _settings(key: str) -> list[str]:
+    """Of the method in 'test, cot:temperature=0.0', one by one; none where the key names no method."""
+    _, comma, method = key.rpartition(", ")
+    settings = method.partition(":")[2] if comma else ""
+    return settings.split(",") if settings else []
 
 
 def _counted(pair: Interval | None) -> str:
