@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 
 from luthier.core.errors import ConfigError
-from luthier.llm import Endpoint, Request
+from luthier.llm import Endpoint, Request, RequestFailed
 from luthier.llm.connections import open_session
 
 ASK = Request(messages=[{"role": "user", "content": "Hello"}])
@@ -65,6 +65,23 @@ def test_a_proxy_that_is_none_of_http_is_an_error_without_its_password(monkeypat
         asyncio.run(main())
     assert "secret" not in f"{caught.value}{caught.value.hint}"
     assert "no_proxy" in caught.value.hint
+
+
+def test_https_that_fails_names_the_certificate_file() -> None:
+    async def answer(request: web.BaseRequest) -> web.Response:
+        return web.json_response(ANSWER)
+
+    async def main() -> None:
+        async with RawTestServer(answer) as server:  # which speaks plain HTTP
+            endpoint = Endpoint(f"https://127.0.0.1:{server.port}/v1", "m", api_key="k")
+            try:
+                await endpoint.complete(ASK)
+            finally:
+                await endpoint.aclose()
+
+    with pytest.raises(RequestFailed, match="cannot be reached") as caught:
+        asyncio.run(main())
+    assert "SSL_CERT_FILE" in caught.value.hint
 
 
 def test_cookies_are_not_kept_and_servers_are_verified() -> None:

@@ -267,6 +267,8 @@ class Endpoint:
         if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError)):
             kind = f"sent what cannot be read ({reason(error)})"
         hint = f"is the server running at {self.url}?"
+        if isinstance(error, aiohttp.ClientSSLError):
+            hint = "does it speak https? For an authority of your own, name its file in SSL_CERT_FILE"
         if late and not isinstance(error, aiohttp.ConnectionTimeoutError):
             hint = "the server is too slow for this timeout: raise it, lower the concurrency, or ask for fewer tokens"
         return RequestFailed(f"{self.url} {kind}", hint=hint, timed_out=late)
