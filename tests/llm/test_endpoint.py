@@ -301,6 +301,11 @@ def test_retry_after_is_honored_and_absurd_ones_are_an_error() -> None:
     server = FakeServer(lambda body: next(replies))
     server.complete()
     assert server.waits == [7.0]
+    hidden = {"error": {"message": "slow", "code": 429}}  # some gateways send it with status 200
+    replies = iter([Said(200, json=hidden, headers={"retry-after": "7"}), Said(200, json=answer("ok"))])
+    server = FakeServer(lambda body: next(replies))
+    server.complete()
+    assert server.waits == [7.0]
     hours = FakeServer(lambda body: Said(429, text="slow", headers={"retry-after": "7200"}))
     with pytest.raises(RequestFailed, match="429"):
         hours.complete()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import reasoner_seeds as benchmark
 
 from luthier.cli.run import read_recipe
 from luthier.core.files import append_jsonl
@@ -17,17 +16,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = {"cot:temperature=1.0": "1100", "ssr:steps=lines,samples=3": "1110"}  # right or wrong, problem by problem
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import reasoner_seeds
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return reasoner_seeds
-
-
-def test_a_seed_moves_training_and_sampling_but_no_problem(benchmark, tmp_path, monkeypatch) -> None:
+def test_a_seed_moves_training_and_sampling_but_no_problem(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
     seeds: dict[int, dict[str, Any]] = {}
     for seed in (0, 3):
@@ -42,7 +31,7 @@ def test_a_seed_moves_training_and_sampling_but_no_problem(benchmark, tmp_path, 
         assert seeds[3][name].config.seed == (3 if moved else stage.config.seed)
 
 
-def test_methods_are_compared_over_seeds_and_pair_by_pair(benchmark, tmp_path) -> None:
+def test_methods_are_compared_over_seeds_and_pair_by_pair(tmp_path) -> None:
     for seed, flip in ((0, ""), (1, "3")):
         (tmp_path / f"seed-{seed}" / "13-eval").mkdir(parents=True)
         for number in (3, 1, 0, 2):  # as they end, which is in no order
@@ -67,7 +56,7 @@ def test_methods_are_compared_over_seeds_and_pair_by_pair(benchmark, tmp_path) -
     assert cot["only ours, only it"] == "2, 0; p = 0.5"
 
 
-def test_a_seed_that_stops_stops_the_benchmark(benchmark, tmp_path, monkeypatch) -> None:
+def test_a_seed_that_stops_stops_the_benchmark(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 130))
     with pytest.raises(SystemExit, match="the same command goes on"):
         benchmark.run_seed(0, tmp_path, [])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import instella_effects as effects
 import pytest
 
 from luthier.cli.run import read_recipe
@@ -14,24 +13,14 @@ from luthier.core.files import atomic_write
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def effects() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import instella_effects
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return instella_effects
-
-
-def stages_of(effects: ModuleType, folder: Path, seed: int) -> dict:
+def stages_of(folder: Path, seed: int) -> dict:
     atomic_write(folder / "recipe.yaml", effects.recipe_of(effects.listed(()), seed))
     return {stage.name: stage for stage in read_recipe(folder / "recipe.yaml", folder)}
 
 
-def test_seed_0_is_the_recipe_and_others_move_every_seed(effects, tmp_path) -> None:
+def test_seed_0_is_the_recipe_and_others_move_every_seed(tmp_path) -> None:
     recipe = read_recipe(ROOT / "recipes" / "instella-tiny.yaml", tmp_path)
-    first, second = (stages_of(effects, tmp_path, seed) for seed in (0, 1))
+    first, second = (stages_of(tmp_path, seed) for seed in (0, 1))
     for stage in recipe:
         assert first[stage.name].config == stage.config
     for name, stage in first.items():
@@ -42,7 +31,7 @@ def test_seed_0_is_the_recipe_and_others_move_every_seed(effects, tmp_path) -> N
             assert moved.seed == stage.config.seed + 1000
 
 
-def test_a_control_differs_from_its_stage_in_what_its_name_says(effects) -> None:
+def test_a_control_differs_from_its_stage_in_what_its_name_says() -> None:
     stages = effects.listed(["stage2-a.steps=7", "mathrl.steps=4"])
     assert stages["stage2-long"] == ("pretrain", stages["stage2-a"][1] | {"steps": 21})
     assert stages["sft-more"][1] == stages["sft"][1] | {"model": "@dpo/model", "steps": 52}
@@ -51,21 +40,21 @@ def test_a_control_differs_from_its_stage_in_what_its_name_says(effects) -> None
     assert stages["needles-keep"][1] == stages["needles-long"][1] | {"model": "@extend-keep/model"}
 
 
-def test_every_line_names_stages_that_there_are(effects) -> None:
+def test_every_line_names_stages_that_there_are() -> None:
     stages = effects.listed(())
     lines = effects.effects(stages)
     assert list(lines) == ["stage2", "soup", "format", "dpo", "grpo", "theta"]
     assert {stage for some in lines.values() for line in some for stage in line.stages} <= set(stages)
 
 
-def test_only_what_an_effect_needs_is_run(effects, tmp_path) -> None:
-    stages_of(effects, tmp_path, 0)
+def test_only_what_an_effect_needs_is_run(tmp_path) -> None:
+    stages_of(tmp_path, 0)
     assert effects.needed(tmp_path / "recipe.yaml", tmp_path, {"needles-keep"}) == {
         *("needles-keep", "extend-keep", "longer", "long-data", "short", "needles-short"),
     }
 
 
-def test_other_settings_are_refused_in_the_same_folder(effects, tmp_path) -> None:
+def test_other_settings_are_refused_in_the_same_folder(tmp_path) -> None:
     effects.check_recipe(effects.listed(()), 0, tmp_path)
     (tmp_path / "seed-0.yaml").write_text(effects.recipe_of(effects.listed(()), 0))
     effects.check_recipe(effects.listed(()), 0, tmp_path)
@@ -80,7 +69,7 @@ SCORES = {
 }
 
 
-def test_stages_are_compared_on_the_items_of_all_by_their_weights(effects, tmp_path) -> None:
+def test_stages_are_compared_on_the_items_of_all_by_their_weights(tmp_path) -> None:
     def line(**more):
         return effects.Line("x", lambda run, stage: SCORES[stage], ("one",), ("two", "three"), "y", **more)
 

@@ -48,6 +48,7 @@ def collect_rarely() -> None:
     A call makes hundreds of objects and next to no cycles: as Python comes, a third of its processor time goes into
     looking for them.
     """
+    gc.collect()  # what is garbage now would never be found once it is frozen
     gc.freeze()
     gc.set_threshold(5000)
 
@@ -63,7 +64,7 @@ def _proxy(url: str) -> str | None:
     """What http_proxy, https_proxy, all_proxy and no_proxy say of a URL."""
     parts, proxies = urlsplit(url), urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy is None or urllib.request.proxy_bypass(parts.netloc):
+    if proxy is None or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
     if (kind := urlsplit(proxy).scheme) not in ("http", "https"):
         raise ConfigError(

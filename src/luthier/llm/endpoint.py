@@ -291,16 +291,16 @@ async def _read(response: aiohttp.ClientResponse, stream: bool) -> Answer:
         return Answer(stream=response)
     async with response:
         content = await response.read()
+    retry_after = response.headers.get("Retry-After")
     if status >= 400:
-        said = content.decode("utf-8", "replace")
-        return Answer(fault=replies.read_fault(status, said), retry_after=response.headers.get("Retry-After"))
+        return Answer(fault=replies.read_fault(status, content.decode("utf-8", "replace")), retry_after=retry_after)
     try:
         payload = json.loads(content)
     except ValueError:
         payload = None
     if isinstance(payload, dict):
         fault = replies.fault_in(status, payload)
-        return Answer(payload=payload if fault is None else {}, fault=fault)
+        return Answer(payload=payload if fault is None else {}, fault=fault, retry_after=retry_after)
     # What begins like an answer was cut off on the way, and may come whole next time.
     code = retry.CUT_OFF if content.lstrip().startswith(b"{") else None
     said = f"not a JSON object but {content[:60].decode('utf-8', 'replace')!r}"
