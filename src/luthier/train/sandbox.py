@@ -85,8 +85,11 @@ class Sandbox:
         )
         output = bytearray()
         try:
-            await asyncio.wait_for(_start(process, json.dumps(asked).encode()), START_SECONDS)
-            await asyncio.wait_for(_listen(process, output), self._seconds)
+            # Not wait_for, which in Python 3.11 loses a cancellation that comes as its work ends.
+            async with asyncio.timeout(START_SECONDS):
+                await _start(process, json.dumps(asked).encode())
+            async with asyncio.timeout(self._seconds):
+                await _listen(process, output)
             end = "too much output" if len(output) > MOST_OUTPUT else "the process died"
         except TimeoutError:
             end = "timeout"
