@@ -100,7 +100,8 @@ async def answer_events(request: ChatRequest, work: Work, *, alive_every: float)
 async def _next(lines: asyncio.Queue[str | None], alive_every: float) -> str | None:
     """The next line; '' when there is none for so many seconds, None when there are no more."""
     try:
-        return await asyncio.wait_for(lines.get(), alive_every)
+        async with asyncio.timeout(alive_every):  # wait_for may lose a cancellation in Python 3.11
+            return await lines.get()
     except TimeoutError:
         return ""
 

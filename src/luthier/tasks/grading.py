@@ -137,7 +137,8 @@ class Grader:
             if worker is None:
                 worker = await _Worker.start(self._memory)
                 self._workers.add(worker)
-            same = await asyncio.wait_for(worker.compare(gold, answer), self._deadline)
+            async with asyncio.timeout(self._deadline):  # wait_for may lose a cancellation in Python 3.11
+                same = await worker.compare(gold, answer)
         except BaseException as error:  # late, dead or cancelled: what it would still say must not be read
             if worker is not None:
                 self._workers.discard(worker)
@@ -171,7 +172,8 @@ class _Worker:
         )
         worker = cls(process)
         try:
-            await asyncio.wait_for(worker._read(), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                await worker._read()
         except BaseException:
             await worker.kill()
             raise
